@@ -1,0 +1,7 @@
+//! loopguard, as a library for its own binary and tests. ARCHITECTURE.md is the map.
+//!
+//! The data's way: kernel record ([`source`]) → [`core::event::Event`] → [`core::profile::Profile::apply`] →
+//! [`core::incident::Update`] → [`sink`].
+
+pub mod core;
+pub mod runtime;

@@ -1,0 +1,275 @@
+//! The wire structs: what user space tells the kernel programs, and one struct per record they send back.
+//!
+//! All times are `CLOCK_MONOTONIC` nanoseconds (`bpf_ktime_get_ns`). Thread and process ids are those of the
+//! initial pid namespace. Every struct is `repr(C)` with explicit padding, so that bytes mean the same on both sides.
+
+/// Interpreter frames one capture can hold; a minimal FastAPI request is 40 to 55 deep.
+pub const MAX_FRAMES: usize = 128;
+/// Different waits one step keeps apart; the last slot collects the rest as [`SYSCALL_OTHER`].
+pub const MAX_WAITS: usize = 8;
+/// Not inside a system call when it was switched out (a page fault).
+pub const SYSCALL_NONE: i32 = -1;
+/// The waits that no longer fitted, taken together.
+pub const SYSCALL_OTHER: i32 = -2;
+
+/// First word of every record: which struct follows.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordKind {
+    Step = 1,
+    Capture = 2,
+    Poll = 3,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordHeader {
+    /// A [`RecordKind`].
+    pub kind: u32,
+    pub tgid: u32,
+    pub tid: u32,
+    pub _pad: u32,
+}
+
+/// Where the off-CPU part of a span of time went; what is left of the span was spent on the CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OffCpu {
+    /// Asleep for anything but the GIL.
+    pub waiting_ns: u64,
+    /// Asleep on a futex inside the interpreter's own state.
+    pub gil_ns: u64,
+    /// Ready to run, without a CPU.
+    pub run_queue_ns: u64,
+}
+
+/// All waits of one step in the same system call with the same first argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wait {
+    /// First argument of the system call: usually a file descriptor, for a futex its address.
+    pub arg0: u64,
+    pub ns: u64,
+    /// Number of the system call, or [`SYSCALL_NONE`] or [`SYSCALL_OTHER`].
+    pub syscall: i32,
+    pub count: u32,
+}
+
+/// The step began at a step probe: it has one owner. Without it the step is a whole tick, or the part of a tick
+/// before its first step probe.
+pub const STEP_PROBED: u32 = 1;
+/// The step was already running when loopguard came: its start is that moment.
+pub const STEP_CUT_AT_ATTACH: u32 = 2;
+
+/// A step that reached the threshold and has ended.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepRecord {
+    pub header: RecordHeader,
+    pub seq: u64,
+    pub tick_start_ns: u64,
+    pub start_ns: u64,
+    pub end_ns: u64,
+    pub off_cpu: OffCpu,
+    pub waits: [Wait; MAX_WAITS],
+    /// [`STEP_PROBED`], [`STEP_CUT_AT_ATTACH`].
+    pub flags: u32,
+    pub _pad: u32,
+}
+
+/// One interpreter frame, innermost first in a capture.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawFrame {
+    /// Address of the `PyCodeObject`; bit 0 set: an entry shim that runs no Python code.
+    pub code: u64,
+    /// Address of the instruction it is at, inside the code object's bytecode.
+    pub instr: u64,
+    /// What told this code object from another one at the same address: see [`fingerprint`](crate::walk::fingerprint).
+    pub fingerprint: u64,
+}
+
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CaptureCause {
+    /// The thread was on the CPU when the sampling clock ticked.
+    Sample = 1,
+    /// The thread gave up the CPU to wait.
+    Wait = 2,
+}
+
+/// How the frame walk ended.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WalkStatus {
+    /// No interpreter to walk.
+    None = 0,
+    Complete = 1,
+    /// More than [`MAX_FRAMES`]; the outermost are missing.
+    TooDeep = 2,
+    /// A frame could not be read; the outermost are missing.
+    Unreadable = 3,
+    /// The thread state belongs to another thread now; nothing was kept.
+    NotThisThread = 4,
+}
+
+/// Bytes kept of a path's `str` object (header included).
+pub const PATH_OBJECT: usize = 320;
+pub const METHOD_OBJECT: usize = 72;
+pub const HOST_OBJECT: usize = 112;
+/// Bytes kept of a request id's `bytes` object (header included).
+pub const REQUEST_ID_OBJECT: usize = 168;
+pub const TRACEPARENT_OBJECT: usize = 96;
+
+/// The facts of one request, copied from the ASGI scope while the step that serves it runs: raw `str` and `bytes`
+/// objects, decoded in user space. An object that was not there is all zero.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestSnapshot {
+    /// Address of the outermost ASGI scope dict in the frames; 0: there was none.
+    pub scope: u64,
+    /// Address of the object under `route`; 0: not routed yet, or a framework that keeps none.
+    pub route: u64,
+    pub client_port: u32,
+    pub _pad: u32,
+    pub path: [u8; PATH_OBJECT],
+    pub method: [u8; METHOD_OBJECT],
+    pub client_host: [u8; HOST_OBJECT],
+    pub request_id: [u8; REQUEST_ID_OBJECT],
+    pub traceparent: [u8; TRACEPARENT_OBJECT],
+}
+
+/// What a loop thread was doing at one instant. Sent without the unused tail of `frames`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CaptureRecord {
+    pub header: RecordHeader,
+    /// A [`CaptureCause`].
+    pub cause: u32,
+    /// For a wait: the system call, else [`SYSCALL_NONE`].
+    pub syscall: i32,
+    pub arg0: u64,
+    /// When the stack was taken.
+    pub at_ns: u64,
+    /// Until when the thread stayed there: the end of the wait, or `at_ns` for a sample.
+    pub until_ns: u64,
+    pub step_seq: u64,
+    pub step_start_ns: u64,
+    pub tick_start_ns: u64,
+    /// From the step's start to `until_ns`.
+    pub off_cpu: OffCpu,
+    pub user_ip: u64,
+    pub user_sp: u64,
+    /// Address of the current asyncio task where the thread state holds it (CPython 3.14 on), else 0.
+    pub task: u64,
+    /// A [`WalkStatus`].
+    pub walk: u32,
+    pub frame_count: u32,
+    pub request: RequestSnapshot,
+    pub frames: [RawFrame; MAX_FRAMES],
+}
+
+/// A thread of a watched process polled an epoll descriptor and is not watched yet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PollRecord {
+    pub header: RecordHeader,
+    pub at_ns: u64,
+    pub epoll_fd: i32,
+    /// The system call: `epoll_wait` tells asyncio's selector from libuv's `epoll_pwait`.
+    pub syscall: i32,
+}
+
+/// What user space tells the kernel programs about all threads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// A step at least this long is recorded.
+    pub threshold_ns: u64,
+    /// A step must be this old before anything is captured in it.
+    pub capture_age_ns: u64,
+    /// Captures of one step are at least this far apart.
+    pub capture_gap_ns: u64,
+    /// Offset of `pid` in the kernel's `struct task_struct`, from its BTF.
+    pub task_pid_offset: u32,
+    /// Number of the `futex` system call.
+    pub futex_syscall: i32,
+}
+
+/// Step probes on this thread's own `Context.run` may nest: a deeper one belongs to the same step.
+pub const THREAD_STEPS_NEST: u32 = 1;
+/// `context_run` marks this thread's steps (asyncio's own loop).
+pub const THREAD_STEPS_CONTEXT_RUN: u32 = 2;
+/// `PyContext_Enter` marks this thread's steps (uvloop).
+pub const THREAD_STEPS_CONTEXT_ENTER: u32 = 4;
+
+/// What user space tells the kernel programs about one loop thread; key: tid.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoopThread {
+    pub tgid: u32,
+    /// Index of its clock and capture buffer.
+    pub slot: u32,
+    /// The loop's own epoll descriptor.
+    pub epoll_fd: i32,
+    /// `THREAD_*`.
+    pub flags: u32,
+    /// Address of its `PyThreadState`; 0: no Python here.
+    pub thread_state: u64,
+    /// Its tid as the interpreter sees it (in the innermost pid namespace).
+    pub native_thread_id: u64,
+    /// Address ranges that hold the GIL's futexes: `_PyRuntime` and the interpreter state.
+    pub gil: [AddressRange; 2],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AddressRange {
+    pub start: u64,
+    pub end: u64,
+}
+
+impl AddressRange {
+    #[inline(always)]
+    pub fn contains(&self, address: u64) -> bool {
+        self.start <= address && address < self.end
+    }
+}
+
+/// What could not be delivered or done, counted per CPU under these indices.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// Records dropped because the ring buffer was full.
+    Lost = 0,
+    /// Records sent.
+    Sent = 1,
+    /// Captures taken, sent or not.
+    Captures = 2,
+    /// Captures whose thread state belonged to another thread.
+    Stale = 3,
+}
+pub const COUNTERS: u32 = 4;
+
+const _: () = assert!(size_of::<RecordHeader>() == 16);
+const _: () = assert!(size_of::<Wait>() == 24);
+const _: () = assert!(size_of::<StepRecord>() == 16 + 4 * 8 + 24 + MAX_WAITS * 24 + 8);
+const _: () = assert!(size_of::<RawFrame>() == 24);
+const _: () = assert!(size_of::<RequestSnapshot>() == 24 + 320 + 72 + 112 + 168 + 96);
+const _: () = assert!(offset_of!(CaptureRecord, frames) == 16 + 8 + 6 * 8 + 24 + 3 * 8 + 8 + 792);
+const _: () = assert!(size_of::<PollRecord>() == 32);
+const _: () = assert!(size_of::<LoopThread>() == 64);
+
+use core::mem::offset_of;
+
+/// Bytes of a capture with no frames: what is sent of one is this and its frames.
+pub const CAPTURE_BASE: usize = offset_of!(CaptureRecord, frames);
+
+#[cfg(feature = "user")]
+mod user {
+    use super::*;
+    // SAFETY: plain integers without padding bytes.
+    unsafe impl aya::Pod for Settings {}
+    // SAFETY: plain integers without padding bytes.
+    unsafe impl aya::Pod for LoopThread {}
+}
