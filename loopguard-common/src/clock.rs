@@ -9,7 +9,7 @@ use crate::records::{MAX_WAITS, OffCpu, SYSCALL_OTHER, Wait};
 /// Buckets of the tick histogram: bucket `n` counts ticks of `2^(n-1)..2^n` microseconds.
 pub const TICK_BUCKETS: usize = 24;
 
-/// What the thread is doing, as far as the scheduler is concerned.
+/// What the thread is doing, as far as the scheduler is concerned: an index of [`LoopClock::spent_ns`].
 const ON_CPU: u32 = 0;
 const WAITING: u32 = 1;
 const WAITING_GIL: u32 = 2;
@@ -26,8 +26,8 @@ pub struct LoopClock {
     pub step_seq: u64,
     /// Up to when the time is accounted for.
     pub mark_ns: u64,
-    /// Off-CPU time of the current step.
-    pub off_cpu: OffCpu,
+    /// Time of the current step by state.
+    spent_ns: [u64; 4],
     /// When a capture of this step was last sent; 0: none yet.
     pub last_capture_ns: u64,
     /// Stack pointer at the tick's first step probe, to tell a nested `Context.run`.
@@ -51,7 +51,7 @@ pub struct LoopClock {
     pub tick_histogram: [u32; TICK_BUCKETS],
 }
 
-const _: () = assert!(size_of::<LoopClock>() == 8 * 8 + 24 + 24 + MAX_WAITS * 24 + 16 + TICK_BUCKETS * 4);
+const _: () = assert!(size_of::<LoopClock>() == 8 * 8 + 32 + 24 + MAX_WAITS * 24 + 16 + TICK_BUCKETS * 4);
 
 /// A step that just ended: the rest is still in the clock until [`LoopClock::begin_step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,24 +74,49 @@ pub enum SwitchOut {
     Waits { syscall: i32, arg0: u64, gil: bool },
 }
 
+/// How often captures of one step are worth sending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CapturePace {
+    /// None in a step younger than this.
+    pub age_ns: u64,
+    /// At least this far apart,
+    pub gap_ns: u64,
+    /// and at least this power of two of the step's age.
+    pub backoff_shift: u32,
+}
+
+/// A step has one owner: a few dozen captures tell its lines, however long it is.
+pub const BACKOFF_STEP: u32 = 5;
+/// A tick has to be cut where its owner changes: that is as exact as the captures are close.
+pub const BACKOFF_TICK: u32 = 9;
+
 impl LoopClock {
     #[inline(always)]
     pub fn in_tick(&self) -> bool {
         self.tick_start_ns != 0
     }
 
+    /// Off the CPU because it waits, not because it has none.
+    pub fn is_waiting(&self) -> bool {
+        self.state == WAITING || self.state == WAITING_GIL
+    }
+
+    /// Off-CPU time of the current step, up to its last edge.
+    #[inline(always)]
+    pub fn off_cpu(&self) -> OffCpu {
+        OffCpu {
+            waiting_ns: self.spent_ns[WAITING as usize],
+            gil_ns: self.spent_ns[WAITING_GIL as usize],
+            run_queue_ns: self.spent_ns[RUNNABLE as usize],
+        }
+    }
+
     /// Charges the time since the last edge to the current state.
     #[inline(always)]
     fn account(&mut self, now: u64) {
-        let passed = now.saturating_sub(self.mark_ns);
-        match self.state {
-            WAITING => self.off_cpu.waiting_ns += passed,
-            WAITING_GIL => self.off_cpu.gil_ns += passed,
-            RUNNABLE => self.off_cpu.run_queue_ns += passed,
-            _ => {}
-        }
         // A program that was itself switched out in between comes with an old `now`.
         if now > self.mark_ns {
+            self.spent_ns[(self.state & 3) as usize] += now - self.mark_ns;
             self.mark_ns = now;
         }
     }
@@ -119,7 +144,7 @@ impl LoopClock {
         self.step_seq += 1;
         self.step_start_ns = if now > self.mark_ns { now } else { self.mark_ns };
         self.step_flags = flags;
-        self.off_cpu = OffCpu { waiting_ns: 0, gil_ns: 0, run_queue_ns: 0 };
+        self.spent_ns = [0; 4];
         self.last_capture_ns = 0;
         // The first free slot ends the list.
         self.waits[0].count = 0;
@@ -192,10 +217,13 @@ impl LoopClock {
 
     /// Whether a capture taken until `now` is worth sending: the step is old, and the last one is a while ago.
     #[inline(always)]
-    pub fn capture_due(&self, now: u64, age_ns: u64, gap_ns: u64) -> bool {
+    pub fn capture_due(&self, now: u64, pace: CapturePace) -> bool {
+        let age = now.saturating_sub(self.step_start_ns);
+        let since_last = now.saturating_sub(self.last_capture_ns);
         self.tick_start_ns != 0
-            && now.saturating_sub(self.step_start_ns) >= age_ns
-            && now.saturating_sub(self.last_capture_ns) >= gap_ns
+            && age >= pace.age_ns
+            && since_last >= pace.gap_ns
+            && since_last >= age >> (pace.backoff_shift & 63)
     }
 
     #[inline(always)]

@@ -188,7 +188,7 @@ pub struct Settings {
     pub threshold_ns: u64,
     /// A step must be this old before anything is captured in it.
     pub capture_age_ns: u64,
-    /// Captures of one step are at least this far apart.
+    /// Captures of one step are at least this far apart; the older the step, the further.
     pub capture_gap_ns: u64,
     /// Offset of `pid` in the kernel's `struct task_struct`, from its BTF.
     pub task_pid_offset: u32,

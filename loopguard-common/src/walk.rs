@@ -46,20 +46,32 @@ unsafe impl<const N: usize> Plain for [u8; N] {}
 /// Words read of a frame: through its first two locals in every supported version.
 const FRAME_WORDS: usize = 13;
 /// Dicts among the outermost frames' first locals that may be an ASGI scope.
-pub const SCOPE_CANDIDATES: usize = 4;
+pub const SCOPE_CANDIDATES: usize = 3;
 /// Entries of a dict that are looked at; uvicorn's scope has 13, FastAPI adds about as many.
-const MAX_DICT_ENTRIES: usize = 40;
+const MAX_DICT_ENTRIES: usize = 32;
 /// Headers that are looked at.
-const MAX_HEADERS: usize = 48;
+const MAX_HEADERS: usize = 32;
 
 /// Scratch memory of one walk; in the kernel it lives in a map.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Scratch {
     words: [u64; 16],
+    /// The scope whose request was copied before, if that copy is still the current step's.
+    pub known_scope: u64,
     /// Dicts seen in the frames' first two locals, the outermost first.
     scopes: [u64; SCOPE_CANDIDATES],
     fields: ScopeFields,
+    /// Those of the request's own scope.
+    request: ScopeFields,
+}
+
+impl Scratch {
+    /// The dict that the last walk saw furthest out: the scope, if there is one.
+    #[inline(always)]
+    pub fn outermost(&self) -> u64 {
+        self.scopes[0]
+    }
 }
 
 /// Addresses of the values of one scope dict.
@@ -183,7 +195,6 @@ fn note_scope<M: Memory>(memory: &M, layout: &PyLayout, local: u64, scopes: &mut
         of_type = memory.read_u64(object + layout.ob_type as u64);
     }
     if of_type == layout.dict_type {
-        scopes[3] = scopes[2];
         scopes[2] = scopes[1];
         scopes[1] = scopes[0];
         scopes[0] = object;
@@ -212,9 +223,12 @@ pub fn snapshot_request<M: Memory>(
         }
         if out.scope == 0 {
             out.scope = dict;
-            copy_request(memory, layout, scratch, out);
+            scratch.request = scratch.fields;
         }
         out.route = scratch.fields.route;
+    }
+    if out.scope != 0 {
+        copy_request(memory, layout, scratch, out);
     }
 }
 
@@ -227,7 +241,7 @@ pub fn snapshot_scope<M: Memory>(
     scratch: &mut Scratch,
     out: &mut RequestSnapshot,
 ) -> bool {
-    scratch.scopes = [scope, 0, 0, 0];
+    scratch.scopes = [scope, 0, 0];
     snapshot_request(memory, layout, scratch, out);
     out.scope != 0
 }
@@ -309,12 +323,12 @@ fn is_request<M: Memory>(memory: &M, layout: &PyLayout, fields: &ScopeFields, wo
 
 #[inline(always)]
 fn copy_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch, out: &mut RequestSnapshot) {
-    copy_object(memory, scratch.fields.path, &mut out.path);
-    copy_object(memory, scratch.fields.method, &mut out.method);
+    copy_object(memory, scratch.request.path, &mut out.path);
+    copy_object(memory, scratch.request.method, &mut out.method);
     out.client_port = 0;
     out.client_host[16] = 0;
     let mut client = [0u64; 2];
-    if scratch.fields.client != 0 && memory.read(scratch.fields.client + layout.tuple_items as u64, &mut client) {
+    if scratch.request.client != 0 && memory.read(scratch.request.client + layout.tuple_items as u64, &mut client) {
         copy_object(memory, client[0], &mut out.client_host);
         let mut port = 0u32;
         memory.read(client[1] + layout.long_digit as u64, &mut port);
@@ -324,7 +338,7 @@ fn copy_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch,
     }
     clear(&mut out.request_id);
     clear(&mut out.traceparent);
-    let headers = scratch.fields.headers;
+    let headers = scratch.request.headers;
     let count = memory.read_u64(headers + layout.var_size as u64);
     let items = memory.read_u64(headers + layout.list_items as u64);
     for i in 0..MAX_HEADERS as u64 {

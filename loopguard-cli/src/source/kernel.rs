@@ -1,0 +1,311 @@
+//! Owns the kernel programs: loads them, tells them what to watch, and reads their maps.
+
+use std::{
+    collections::HashMap as StdHashMap,
+    fs, io,
+    num::NonZeroU32,
+    path::Path,
+};
+
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::{Array, HashMap, MapData, PerCpuArray, RingBuf},
+    programs::{
+        BtfTracePoint, PerfEvent, TracePoint, UProbe,
+        perf_event::{PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
+        uprobe::{UProbeLinkId, UProbeScope},
+    },
+};
+use loopguard_common::{
+    clock::LoopClock,
+    layout::PyLayout,
+    records::{Counter, LoopThread, STEP_CUT_AT_ATTACH, Settings},
+};
+
+use super::btf;
+use crate::{core::event::Tid, runtime::cpython::probe::{ProbeSite, StepProbe}};
+
+/// The object that `cargo xtask build-ebpf` makes; empty in a build without the BPF toolchain.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LOOPGUARD_BPF_OBJECT"));
+
+/// Loop threads that can be watched at once: each has a clock and a capture buffer of about 4 KiB.
+pub const MAX_THREADS: u32 = 512;
+/// How often the sampling clock of a loop thread ticks, in time that the thread is on the CPU.
+const SAMPLE_PERIOD_NS: u64 = 1_000_000;
+
+/// What is wanted of the kernel programs.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    pub threshold_ns: u64,
+    /// A step or tick younger than this is not looked into.
+    pub capture_age_ns: u64,
+}
+
+pub struct Kernel {
+    bpf: Ebpf,
+    watched: Array<MapData, u64>,
+    processes: HashMap<MapData, u32, u32>,
+    layouts: HashMap<MapData, u32, PyLayout>,
+    threads: HashMap<MapData, u32, LoopThread>,
+    clocks: Array<MapData, LoopClock>,
+    counts: PerCpuArray<MapData, u64>,
+    /// Watched ids, tgids and tids, with how many watch them: two ids can share a bit.
+    ids: StdHashMap<u32, u32>,
+    slots: Vec<Option<Tid>>,
+    samplers: StdHashMap<Tid, PerfEventLinkId>,
+    step_probes: StdHashMap<(u32, StepProbe), UProbeLinkId>,
+}
+
+/// Where a thread that begins to be watched stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// In its poll, or not known to be in a tick: its first tick begins at its next return from the poll.
+    Idle,
+    /// In the middle of a tick: it counts from this moment (ns).
+    InTick(u64),
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub lost: u64,
+    pub sent: u64,
+    pub captures: u64,
+    pub stale: u64,
+}
+
+impl Kernel {
+    /// Loads and attaches everything that is not bound to one target.
+    pub fn load(wanted: Wanted) -> Result<(Self, RingBuf<MapData>)> {
+        if OBJECT.is_empty() {
+            bail!("this loopguard was built without its kernel programs; build it again after `cargo xtask setup`");
+        }
+        private_tracefs().context("tracepoints need tracefs at /sys/kernel/tracing")?;
+        let vmlinux = btf::read_vmlinux().with_context(|| {
+            format!("the kernel's type information is missing ({}): it needs CONFIG_DEBUG_INFO_BTF=y", btf::VMLINUX)
+        })?;
+        let task_pid_offset =
+            btf::field_offset(&vmlinux, "task_struct", "pid").context("the kernel's BTF has no task_struct.pid")?;
+        let btf = Btf::parse(&vmlinux, aya::Endianness::default()).context("read the kernel's BTF")?;
+        let mut bpf = EbpfLoader::new()
+            .btf(Some(&btf))
+            .map_max_entries("CLOCKS", MAX_THREADS)
+            .map_max_entries("CAPTURES", MAX_THREADS)
+            .load(OBJECT)
+            .context("load the kernel programs (root, or CAP_BPF and CAP_PERFMON, is needed)")?;
+        let mut settings: Array<_, Settings> = take_map(&mut bpf, "SETTINGS")?.try_into()?;
+        settings.set(0, settings_for(wanted, task_pid_offset), 0)?;
+        let records = RingBuf::try_from(take_map(&mut bpf, "RECORDS")?)?;
+        let mut kernel = Self {
+            watched: take_map(&mut bpf, "WATCHED")?.try_into()?,
+            processes: take_map(&mut bpf, "PROCESSES")?.try_into()?,
+            layouts: take_map(&mut bpf, "LAYOUTS")?.try_into()?,
+            threads: take_map(&mut bpf, "THREADS")?.try_into()?,
+            clocks: take_map(&mut bpf, "CLOCKS")?.try_into()?,
+            counts: take_map(&mut bpf, "COUNTS")?.try_into()?,
+            ids: StdHashMap::new(),
+            slots: vec![None; MAX_THREADS as usize],
+            samplers: StdHashMap::new(),
+            step_probes: StdHashMap::new(),
+            bpf,
+        };
+        kernel.attach_everywhere(&btf)?;
+        Ok((kernel, records))
+    }
+
+    fn attach_everywhere(&mut self, btf: &Btf) -> Result<()> {
+        for (program, tracepoint) in [("on_sched_switch", "sched_switch"), ("on_sched_wakeup", "sched_wakeup")] {
+            let program: &mut BtfTracePoint = program_mut(&mut self.bpf, program)?.try_into()?;
+            program.load(tracepoint, btf).with_context(|| format!("load the program for {tracepoint}"))?;
+            program.attach().with_context(|| format!("attach {tracepoint}"))?;
+        }
+        for (program, edge) in [("on_poll_enter", "enter"), ("on_poll_exit", "exit")] {
+            let program: &mut TracePoint = program_mut(&mut self.bpf, program)?.try_into()?;
+            program.load().with_context(|| format!("load the program for the polls' {edge}"))?;
+            for call in ["epoll_wait", "epoll_pwait", "epoll_pwait2"] {
+                let tracepoint = format!("sys_{edge}_{call}");
+                // Not every architecture and kernel has all three.
+                if Path::new(TRACEFS).join("events/syscalls").join(&tracepoint).exists() {
+                    program.attach("syscalls", &tracepoint).with_context(|| format!("attach {tracepoint}"))?;
+                }
+            }
+        }
+        let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
+        program.load().context("load the sampling program")?;
+        for which in [StepProbe::ContextRun, StepProbe::ContextEnter] {
+            let program: &mut UProbe = program_mut(&mut self.bpf, step_program(which))?.try_into()?;
+            program.load().context("load the step programs")?;
+        }
+        Ok(())
+    }
+
+    /// Reports the loop threads of a process that are not watched yet as they poll.
+    pub fn watch_process(&mut self, pid: u32, layout: Option<&PyLayout>) -> Result<()> {
+        if let Some(layout) = layout {
+            self.layouts.insert(pid, layout, 0)?;
+        }
+        self.processes.insert(pid, 1, 0)?;
+        self.mark(pid, true)
+    }
+
+    pub fn update_layout(&mut self, pid: u32, layout: &PyLayout) -> Result<()> {
+        Ok(self.layouts.insert(pid, layout, 0)?)
+    }
+
+    pub fn unwatch_process(&mut self, pid: u32) {
+        let _ = self.processes.remove(&pid);
+        let _ = self.layouts.remove(&pid);
+        let _ = self.mark(pid, false);
+        for which in [StepProbe::ContextRun, StepProbe::ContextEnter] {
+            if let Some(link) = self.step_probes.remove(&(pid, which))
+                && let Some(program) = self.bpf.program_mut(step_program(which))
+                && let Ok(program) = <&mut UProbe>::try_from(program)
+            {
+                let _ = program.detach(link);
+            }
+        }
+    }
+
+    /// Watches a loop thread; `thread.slot` is chosen here.
+    pub fn watch_thread(&mut self, tid: Tid, mut thread: LoopThread, standing: Standing) -> Result<()> {
+        let Some(slot) = self.slots.iter().position(Option::is_none) else {
+            bail!("{MAX_THREADS} loop threads are watched already");
+        };
+        thread.slot = slot as u32;
+        let mut clock = LoopClock { polling: 1, ..LoopClock::default() };
+        if let Standing::InTick(now) = standing {
+            clock.begin_tick(now);
+            clock.step_flags = STEP_CUT_AT_ATTACH;
+        }
+        self.clocks.set(thread.slot, clock, 0)?;
+        self.threads.insert(tid, thread, 0)?;
+        let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
+        let link = program
+            .attach(
+                PerfEventConfig::Software(SoftwareEvent::CpuClock),
+                PerfEventScope::OneProcess { pid: tid, cpu: None },
+                SamplePolicy::Period(SAMPLE_PERIOD_NS),
+                false,
+            )
+            .context("attach the sampling clock")?;
+        self.samplers.insert(tid, link);
+        self.slots[slot] = Some(tid);
+        self.mark(tid, true)
+    }
+
+    pub fn unwatch_thread(&mut self, tid: Tid) {
+        let Some(slot) = self.slots.iter().position(|owner| *owner == Some(tid)) else { return };
+        let _ = self.mark(tid, false);
+        let _ = self.threads.remove(&tid);
+        self.slots[slot] = None;
+        if let Some(link) = self.samplers.remove(&tid)
+            && let Some(program) = self.bpf.program_mut("on_sample")
+            && let Ok(program) = <&mut PerfEvent>::try_from(program)
+        {
+            let _ = program.detach(link);
+        }
+    }
+
+    /// Changes what is known of a watched thread, its clock untouched.
+    pub fn update_thread(&mut self, tid: Tid, change: impl FnOnce(&mut LoopThread)) -> Result<()> {
+        let mut thread = self.threads.get(&tid, 0)?;
+        change(&mut thread);
+        Ok(self.threads.insert(tid, thread, 0)?)
+    }
+
+    /// Marks the steps of a process's loops; once per process and kind of loop.
+    pub fn attach_steps(&mut self, pid: u32, which: StepProbe, site: &ProbeSite) -> Result<()> {
+        if self.step_probes.contains_key(&(pid, which)) {
+            return Ok(());
+        }
+        let program: &mut UProbe = program_mut(&mut self.bpf, step_program(which))?.try_into()?;
+        let scope = UProbeScope::OneProcess(NonZeroU32::new(pid).context("pid 0 is the kernel's")?);
+        let link = program.attach(site.offset, &site.file, scope).context("attach the step probe")?;
+        self.step_probes.insert((pid, which), link);
+        Ok(())
+    }
+
+    /// The state of a watched thread's clock.
+    pub fn clock(&self, tid: Tid) -> Option<LoopClock> {
+        let slot = self.slots.iter().position(|owner| *owner == Some(tid))?;
+        self.clocks.get(&(slot as u32), 0).ok()
+    }
+
+    pub fn counts(&self) -> Counts {
+        let total = |counter: Counter| {
+            self.counts.get(&(counter as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum::<u64>())
+        };
+        Counts {
+            lost: total(Counter::Lost),
+            sent: total(Counter::Sent),
+            captures: total(Counter::Captures),
+            stale: total(Counter::Stale),
+        }
+    }
+
+    fn mark(&mut self, id: u32, watch: bool) -> Result<()> {
+        let entry = self.ids.entry(id).or_default();
+        *entry = if watch { *entry + 1 } else { entry.saturating_sub(1) };
+        if *entry == 0 {
+            self.ids.remove(&id);
+        }
+        let word = (id >> 6) % self.watched.len();
+        let bits = self.ids.keys().filter(|id| (*id >> 6) % self.watched.len() == word);
+        let value = bits.fold(0u64, |value, id| value | 1 << (id & 63));
+        Ok(self.watched.set(word, value, 0)?)
+    }
+}
+
+fn settings_for(wanted: Wanted, task_pid_offset: u32) -> Settings {
+    Settings {
+        threshold_ns: wanted.threshold_ns,
+        capture_age_ns: wanted.capture_age_ns,
+        capture_gap_ns: (wanted.threshold_ns / 16).clamp(1_000_000, 20_000_000),
+        task_pid_offset,
+        futex_syscall: libc::SYS_futex as i32,
+    }
+}
+
+fn step_program(which: StepProbe) -> &'static str {
+    match which {
+        StepProbe::ContextRun => "on_context_run",
+        StepProbe::ContextEnter => "on_context_enter",
+    }
+}
+
+fn take_map(bpf: &mut Ebpf, name: &str) -> Result<aya::maps::Map> {
+    bpf.take_map(name).with_context(|| format!("the kernel object has no map {name}"))
+}
+
+fn program_mut<'a>(bpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::programs::Program> {
+    bpf.program_mut(name).with_context(|| format!("the kernel object has no program {name}"))
+}
+
+const TRACEFS: &str = "/sys/kernel/tracing";
+
+/// Where tracefs is not mounted, mounts it in a mount namespace of our own: nothing is left behind.
+fn private_tracefs() -> io::Result<()> {
+    if Path::new(TRACEFS).join("events").exists() {
+        return Ok(());
+    }
+    let check = |result: libc::c_int| if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+    // SAFETY: plain system calls on constant strings.
+    unsafe {
+        check(libc::unshare(libc::CLONE_NEWNS))?;
+        check(libc::mount(
+            c"none".as_ptr(),
+            c"/".as_ptr(),
+            std::ptr::null(),
+            libc::MS_REC | libc::MS_PRIVATE,
+            std::ptr::null(),
+        ))?;
+        check(libc::mount(
+            c"loopguard".as_ptr(),
+            c"/sys/kernel/tracing".as_ptr(),
+            c"tracefs".as_ptr(),
+            libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+            std::ptr::null(),
+        ))?;
+    }
+    fs::metadata(Path::new(TRACEFS).join("events")).map(drop)
+}

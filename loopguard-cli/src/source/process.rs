@@ -1,0 +1,171 @@
+//! Reads what /proc says of a target: its threads, their names, and what its descriptors lead to.
+
+use std::{
+    fs, io,
+    net::{Ipv4Addr, Ipv6Addr},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use crate::core::event::Tid;
+
+/// The thread's id in the innermost pid namespace it lives in: what the target itself sees.
+pub fn innermost_tid(pid: u32, tid: Tid) -> io::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
+    let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    Ok(ids.and_then(|ids| ids.split_whitespace().next_back()?.parse().ok()).unwrap_or(u64::from(tid)))
+}
+
+pub fn threads(pid: u32) -> io::Result<Vec<Tid>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task"))?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())
+}
+
+pub fn thread_name(pid: u32, tid: Tid) -> String {
+    let name = fs::read(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default();
+    String::from_utf8_lossy(&name).trim_end_matches('\n').to_owned()
+}
+
+/// The command line, arguments separated by spaces, bounded.
+pub fn command_line(pid: u32) -> String {
+    let mut bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    bytes.truncate(300);
+    String::from_utf8_lossy(&bytes).trim_end_matches('\0').replace('\0', " ")
+}
+
+/// The system call a thread sleeps in, with its first argument; `None` while it runs or cannot be read.
+pub fn current_syscall(pid: u32, tid: Tid) -> Option<(i64, u64)> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
+    let mut fields = text.split_whitespace();
+    let number = fields.next()?.parse().ok()?;
+    let argument = u64::from_str_radix(fields.next()?.strip_prefix("0x")?, 16).ok()?;
+    Some((number, argument))
+}
+
+/// The process's epoll descriptors.
+pub fn epoll_descriptors(pid: u32) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    let is_epoll = |path: &Path| fs::read_link(path).is_ok_and(|to| to.as_os_str() == "anon_inode:[eventpoll]");
+    entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            is_epoll(&entry.path()).then(|| entry.file_name().to_str()?.parse().ok())?
+        })
+        .collect()
+}
+
+pub fn is_epoll_descriptor(pid: u32, fd: i32) -> bool {
+    fs::read_link(format!("/proc/{pid}/fd/{fd}")).is_ok_and(|to| to.as_os_str() == "anon_inode:[eventpoll]")
+}
+
+/// What a descriptor leads to: a peer's address for a connected socket, a path for a file.
+pub fn descriptor(pid: u32, fd: i32) -> Option<String> {
+    let target = fs::read_link(format!("/proc/{pid}/fd/{fd}")).ok()?;
+    let target = target.to_string_lossy();
+    let Some(inode) = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) else {
+        return Some(target.into_owned());
+    };
+    Some(socket_peer(pid, inode).unwrap_or_else(|| "socket".to_owned()))
+}
+
+/// Looks an inode up in the target's own socket tables (proc(5), /proc/pid/net).
+fn socket_peer(pid: u32, inode: &str) -> Option<String> {
+    for protocol in ["tcp", "tcp6", "udp", "udp6"] {
+        let Ok(table) = fs::read_to_string(format!("/proc/{pid}/net/{protocol}")) else { continue };
+        let line = table.lines().skip(1).find(|line| line.split_whitespace().nth(9) == Some(inode));
+        if let Some(peer) = line.and_then(|line| line.split_whitespace().nth(2)) {
+            return parse_address(peer);
+        }
+    }
+    let table = fs::read_to_string(format!("/proc/{pid}/net/unix")).ok()?;
+    let line = table.lines().skip(1).find(|line| line.split_whitespace().nth(6) == Some(inode))?;
+    Some(line.split_whitespace().nth(7).map_or_else(|| "unix socket".to_owned(), |path| format!("unix:{path}")))
+}
+
+/// `0100007F:1F90`: words in host byte order, then the port.
+fn parse_address(text: &str) -> Option<String> {
+    let (host, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let word = |at: usize| Some(u32::from_str_radix(host.get(at..at + 8)?, 16).ok()?.to_ne_bytes());
+    match host.len() {
+        8 => Some(format!("{}:{port}", Ipv4Addr::from(word(0)?))),
+        32 => {
+            let mut octets = [0; 16];
+            for i in 0..4 {
+                octets[i * 4..i * 4 + 4].copy_from_slice(&word(i * 8)?);
+            }
+            let address = Ipv6Addr::from(octets);
+            Some(match address.to_ipv4_mapped() {
+                Some(v4) => format!("{v4}:{port}"),
+                None => format!("[{address}]:{port}"),
+            })
+        }
+        _ => None,
+    }
+}
+
+/// A handle that becomes readable when the process ends, and never means another one.
+pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: a plain system call; the result is checked.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Whether the process behind the handle has ended.
+pub fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid entry.
+    unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+}
+
+/// Whether the library is mapped into the process.
+pub fn maps_file(pid: u32, is_it: impl Fn(&Path) -> bool) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    maps.lines().filter_map(|line| line.find('/').map(|at| PathBuf::from(&line[at..]))).any(|path| is_it(&path))
+}
+
+/// CPU time loopguard itself has used.
+pub fn own_cpu_ms() -> f64 {
+    // SAFETY: a plain struct, filled by the call.
+    let usage = unsafe {
+        let mut usage = std::mem::zeroed::<libc::rusage>();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    let ms = |time: libc::timeval| time.tv_sec as f64 * 1e3 + time.tv_usec as f64 / 1e3;
+    ms(usage.ru_utime) + ms(usage.ru_stime)
+}
+
+/// The clock of every record.
+pub fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a valid place for the result; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn socket_addresses() {
+        assert_eq!(parse_address("0100007F:1F90").as_deref(), Some("127.0.0.1:8080"));
+        assert_eq!(parse_address("00000000000000000000000001000000:0050").as_deref(), Some("[::1]:80"));
+        assert_eq!(parse_address("0000000000000000FFFF00000100007F:0050").as_deref(), Some("127.0.0.1:80"));
+        assert_eq!(parse_address("0100:1"), None);
+        assert_eq!(parse_address("zz"), None);
+    }
+
+    #[test]
+    fn sees_itself() {
+        let pid = std::process::id();
+        assert!(threads(pid).unwrap().contains(&pid));
+        assert_eq!(innermost_tid(pid, pid).unwrap(), u64::from(pid));
+        assert!(!has_ended(&pidfd(pid).unwrap()));
+    }
+}

@@ -1,0 +1,140 @@
+//! Captures what a loop thread is doing: registers, interpreter frames and the request in them.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::pt_regs,
+    helpers::generated::{bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_probe_read_user, bpf_task_pt_regs},
+    helpers::{bpf_get_current_pid_tgid, bpf_probe_read_kernel},
+    macros::perf_event,
+    programs::PerfEventContext,
+};
+use loopguard_common::{
+    clock::{BACKOFF_STEP, BACKOFF_TICK, CapturePace},
+    records::{
+        CaptureCause, Counter, LoopThread, RecordHeader, RecordKind, SYSCALL_NONE, Settings,
+        THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, WalkStatus,
+    },
+    walk::{Memory, PyThread, snapshot_request, walk_frames},
+};
+
+use crate::{
+    maps::{LAYOUTS, Watched, capture_buffer, count, settings, watched},
+    send,
+};
+
+/// The memory of the current task. Pages that are not resident read as absent.
+struct OwnMemory;
+
+impl Memory for OwnMemory {
+    #[inline(always)]
+    unsafe fn read_raw(&self, address: u64, to: *mut u8, length: usize) -> bool {
+        // SAFETY: the caller's promise about `to`; any user address may be asked for.
+        unsafe { bpf_probe_read_user(to.cast(), length as u32, address as *const _) == 0 }
+    }
+}
+
+/// User-space registers that say where a thread is.
+#[derive(Clone, Copy)]
+pub struct UserRegisters {
+    pub ip: u64,
+    pub sp: u64,
+    /// The system call it is in, else [`SYSCALL_NONE`].
+    pub syscall: i32,
+    pub arg0: u64,
+}
+
+/// The registers with which the current task entered the kernel.
+#[inline(always)]
+pub fn user_registers() -> UserRegisters {
+    // SAFETY: the current task exists; its saved registers are read through a helper that checks.
+    let saved = unsafe { bpf_probe_read_kernel(bpf_task_pt_regs(bpf_get_current_task_btf()) as *const pt_regs) };
+    match saved {
+        // x86: `orig_ax` is the number of the system call, or negative for an exception or interrupt.
+        Ok(saved) => UserRegisters {
+            ip: saved.rip,
+            sp: saved.rsp,
+            syscall: if (saved.orig_rax as i64) < 0 { SYSCALL_NONE } else { saved.orig_rax as i32 },
+            arg0: saved.rdi,
+        },
+        Err(_) => UserRegisters { ip: 0, sp: 0, syscall: SYSCALL_NONE, arg0: 0 },
+    }
+}
+
+#[inline(always)]
+pub fn pace(settings: &Settings, thread: &LoopThread) -> CapturePace {
+    let probed = thread.flags & (THREAD_STEPS_CONTEXT_RUN | THREAD_STEPS_CONTEXT_ENTER) != 0;
+    CapturePace {
+        age_ns: settings.capture_age_ns,
+        gap_ns: settings.capture_gap_ns,
+        backoff_shift: if probed { BACKOFF_STEP } else { BACKOFF_TICK },
+    }
+}
+
+/// Captures the current thread, which is `target`, into its buffer. `false`: there was nothing to walk.
+#[inline(always)]
+pub fn take(target: &Watched, now: u64, cause: CaptureCause, registers: UserRegisters) -> bool {
+    let Some(buffer) = capture_buffer(target.thread.slot) else { return false };
+    let (record, scratch) = (&mut buffer.record, &mut buffer.scratch);
+    let id = bpf_get_current_pid_tgid();
+    // The same scope in the same step is the same request: what was copied of it still holds.
+    // Kept in memory: a value in a register would make the verifier go through the walk once for each.
+    scratch.known_scope = record.request.scope;
+    if record.step_seq != target.clock.step_seq || record.header.tid != id as u32 {
+        scratch.known_scope = 0;
+    }
+    record.header = RecordHeader { kind: RecordKind::Capture as u32, tgid: (id >> 32) as u32, tid: id as u32, _pad: 0 };
+    record.cause = cause as u32;
+    record.syscall = registers.syscall;
+    record.arg0 = registers.arg0;
+    record.user_ip = registers.ip;
+    record.user_sp = registers.sp;
+    record.at_ns = now;
+    record.until_ns = now;
+    record.step_seq = target.clock.step_seq;
+    record.step_start_ns = target.clock.step_start_ns;
+    record.tick_start_ns = target.clock.tick_start_ns;
+    record.frame_count = 0;
+    record.walk = WalkStatus::None as u32;
+    record.task = 0;
+    count(Counter::Captures);
+    // SAFETY: written before the thread is watched, then only replaced whole.
+    if let Some(layout) = unsafe { LAYOUTS.get(target.thread.tgid) }
+        && target.thread.thread_state != 0
+    {
+        let thread =
+            PyThread { state: target.thread.thread_state, native_thread_id: target.thread.native_thread_id };
+        walk_frames(&OwnMemory, layout, thread, scratch, record);
+        if record.walk == WalkStatus::NotThisThread as u32 {
+            count(Counter::Stale);
+        }
+        if scratch.known_scope == 0 || scratch.known_scope != scratch.outermost() || record.request.route == 0 {
+            snapshot_request(&OwnMemory, layout, scratch, &mut record.request);
+        }
+    } else {
+        record.request.scope = 0;
+    }
+    true
+}
+
+/// The sampling clock of one loop thread ticked while the thread was on the CPU.
+#[perf_event]
+pub fn on_sample(ctx: PerfEventContext) -> u32 {
+    let _ = ctx.as_ptr();
+    let tid = bpf_get_current_pid_tgid() as u32;
+    if let (Some(target), Some(settings)) = (watched(tid), settings()) {
+        // SAFETY: a helper without conditions.
+        let now = unsafe { bpf_ktime_get_ns() };
+        if target.clock.capture_due(now, pace(settings, target.thread)) {
+            let mut registers = user_registers();
+            registers.syscall = SYSCALL_NONE;
+            if take(&target, now, CaptureCause::Sample, registers)
+                && let Some(buffer) = capture_buffer(target.thread.slot)
+            {
+                buffer.record.off_cpu = target.clock.off_cpu();
+                target.clock.last_capture_ns = now;
+                send::capture(&buffer.record);
+            }
+        }
+    }
+    0
+}

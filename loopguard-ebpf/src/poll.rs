@@ -1,0 +1,75 @@
+//! The edges of ticks: a loop thread's calls of `epoll_wait` and its variants on its own epoll descriptor.
+
+use aya_ebpf::{
+    helpers::bpf_get_current_pid_tgid,
+    helpers::generated::bpf_ktime_get_ns,
+    macros::tracepoint,
+    programs::TracePointContext,
+};
+use loopguard_common::records::{PollRecord, RecordHeader, RecordKind};
+
+use crate::{
+    maps::{PROCESSES, REPORTED_POLLS, maybe_watched, settings, watched},
+    send, step,
+};
+
+/// `struct syscall_trace_enter`: the common header, the number, then the arguments as words (kernel/trace/trace.h).
+const SYSCALL_NUMBER: usize = 8;
+const FIRST_ARGUMENT: usize = 16;
+/// An unknown poll is reported again after this long, should the report have been lost.
+const REPORT_AGAIN_NS: u64 = 1_000_000_000;
+
+/// Enters `epoll_wait`, `epoll_pwait` or `epoll_pwait2`.
+#[tracepoint]
+pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
+    let id = bpf_get_current_pid_tgid();
+    let (tgid, tid) = ((id >> 32) as u32, id as u32);
+    if !maybe_watched(tgid) {
+        return 0;
+    }
+    // SAFETY: the argument words of a system call's tracepoint.
+    let epoll_fd = unsafe { ctx.read_at::<u64>(FIRST_ARGUMENT) }.unwrap_or(u64::MAX) as i32;
+    // SAFETY: a helper without conditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    if let Some(target) = watched(tid)
+        && target.thread.epoll_fd == epoll_fd
+    {
+        if target.clock.in_tick() {
+            let ended = target.clock.end_step(now);
+            step::send_if_long(&target, tid, ended);
+        }
+        target.clock.end_tick();
+        return 0;
+    }
+    report_unknown(&ctx, RecordHeader { kind: RecordKind::Poll as u32, tgid, tid, _pad: 0 }, now, epoll_fd);
+    0
+}
+
+/// A thread that is not watched, or a descriptor that is not its loop's: user space decides what it is.
+#[inline(always)]
+fn report_unknown(ctx: &TracePointContext, header: RecordHeader, now: u64, epoll_fd: i32) {
+    // SAFETY: only whether the entry exists matters, or a word that is replaced whole.
+    let (process, reported) = unsafe { (PROCESSES.get(header.tgid), REPORTED_POLLS.get(header.tid)) };
+    if process.is_none() || reported.is_some_and(|at| now - *at < REPORT_AGAIN_NS) {
+        return;
+    }
+    let _ = REPORTED_POLLS.insert(header.tid, now, 0);
+    // SAFETY: the number word of a system call's tracepoint.
+    let syscall = unsafe { ctx.read_at::<u64>(SYSCALL_NUMBER) }.unwrap_or(0) as i32;
+    send::poll(&PollRecord { header, at_ns: now, epoll_fd, syscall });
+}
+
+/// Returns from it.
+#[tracepoint]
+pub fn on_poll_exit(_ctx: TracePointContext) -> u32 {
+    let id = bpf_get_current_pid_tgid();
+    if maybe_watched((id >> 32) as u32)
+        && let Some(target) = watched(id as u32)
+        && target.clock.polling != 0
+        && settings().is_some()
+    {
+        // SAFETY: a helper without conditions.
+        target.clock.begin_tick(unsafe { bpf_ktime_get_ns() });
+    }
+    0
+}

@@ -1,0 +1,58 @@
+//! Puts records into the ring buffer and counts those that did not fit.
+
+use aya_ebpf::helpers::generated::bpf_ringbuf_output;
+use loopguard_common::{
+    clock::{EndedStep, LoopClock},
+    records::{
+        CAPTURE_BASE, CaptureRecord, Counter, MAX_FRAMES, PollRecord, RawFrame, RecordHeader, RecordKind, StepRecord,
+    },
+};
+
+use crate::maps::{RECORDS, count};
+
+#[inline(always)]
+pub fn step(header: RecordHeader, clock: &LoopClock, ended: EndedStep) {
+    let Some(mut entry) = RECORDS.reserve::<StepRecord>(0) else {
+        count(Counter::Lost);
+        return;
+    };
+    entry.write(StepRecord {
+        header: RecordHeader { kind: RecordKind::Step as u32, ..header },
+        seq: clock.step_seq,
+        tick_start_ns: clock.tick_start_ns,
+        start_ns: ended.start_ns,
+        end_ns: ended.end_ns,
+        off_cpu: clock.off_cpu(),
+        waits: clock.waits,
+        flags: clock.step_flags,
+        _pad: 0,
+    });
+    entry.submit(0);
+    count(Counter::Sent);
+}
+
+/// Sends a capture without the frames it does not have.
+#[inline(always)]
+pub fn capture(record: &CaptureRecord) {
+    let frames = record.frame_count as usize;
+    if frames > MAX_FRAMES {
+        return;
+    }
+    let length = CAPTURE_BASE + frames * size_of::<RawFrame>();
+    // SAFETY: `length` bytes of the record, at most all of it.
+    let sent = unsafe {
+        bpf_ringbuf_output(
+            (&raw const RECORDS).cast_mut().cast(),
+            (&raw const *record).cast_mut().cast(),
+            length as u64,
+            0,
+        )
+    };
+    count(if sent == 0 { Counter::Sent } else { Counter::Lost });
+}
+
+#[inline(always)]
+pub fn poll(record: &PollRecord) {
+    let sent = RECORDS.output::<PollRecord>(record, 0);
+    count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
+}
