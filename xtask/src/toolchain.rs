@@ -74,7 +74,7 @@ impl Toolchain {
 /// Builds the kernel programs and returns the object, whose path is the same every time.
 pub fn build_ebpf() -> Result<PathBuf> {
     let workspace = Workspace::locate()?;
-    let toolchain = Toolchain::find(&workspace).map_err(anyhow::Error::msg)?;
+    let toolchain = Toolchain::find(&workspace)?;
     let built = toolchain.build(&workspace)?;
     let object = workspace.target.join("loopguard.bpf.o");
     publish(&built, &object).with_context(|| format!("copy the kernel programs to {}", object.display()))?;
@@ -109,7 +109,7 @@ impl Toolchain {
         }
         let status = cargo.status().with_context(|| format!("run {}", self.compiler.cargo().display()))?;
         if !status.success() {
-            bail!("the kernel programs (loopguard-ebpf) do not build with {self}: the messages above say why");
+            bail!("the kernel programs (loopguard-ebpf) do not build with {self}: its messages say why");
         }
         Ok(target.join(TARGET).join("release/loopguard-ebpf"))
     }
@@ -190,6 +190,8 @@ impl fmt::Display for Linker {
         write!(f, "{} (LLVM {})", self.path.display(), self.llvm)
     }
 }
+
+impl std::error::Error for Missing {}
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
