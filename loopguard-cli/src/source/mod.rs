@@ -10,3 +10,4 @@ pub mod kernel;
 pub mod live;
 pub mod process;
 pub mod syscall;
+pub mod target;

@@ -1,0 +1,214 @@
+//! `loopguard attach`: follows running processes until they end, the time is over or somebody says stop.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, BufWriter, IsTerminal as _, Write},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+
+use crate::{
+    args::{self, Format},
+    core::{
+        event::{Event, LoopInfo, StepMarks},
+        profile::{Profile, Settings},
+        summary::Measured,
+    },
+    sink::{
+        Sink,
+        jsonl::JsonLines,
+        text::{Look, Style, Text, Times, WallClock},
+    },
+    source::{
+        live::{Live, Options, Steps},
+        process, target,
+    },
+};
+
+/// How often threads and processes are looked over.
+const REAP_EVERY: Duration = Duration::from_millis(200);
+/// Steps that wait are looked at this many times within one threshold.
+const LOOKS_PER_THRESHOLD: u32 = 4;
+const LOOK_EVERY: std::ops::RangeInclusive<Duration> = Duration::from_millis(2)..=Duration::from_millis(50);
+/// How long a target may take to show its first loop thread before loopguard says that it sees none.
+const NO_LOOP_HINT: Duration = Duration::from_secs(3);
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    pub blocks: u64,
+}
+
+pub fn run(arguments: &args::Attach) -> Result<Outcome> {
+    for &pid in &arguments.pids {
+        target::check(pid)?;
+    }
+    target::check_privileges()?;
+    // Before anything is attached: an output that cannot be written is better known now.
+    let mut sink = open_sink(arguments)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the event loop")?;
+    runtime.block_on(follow(arguments, sink.as_mut()))
+}
+
+async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome> {
+    let started = process::monotonic_ns();
+    let options = Options {
+        threshold_ns: arguments.threshold.as_nanos() as u64,
+        steps: match arguments.steps {
+            args::Steps::Auto => Steps::Auto,
+            args::Steps::Off => Steps::Off,
+        },
+    };
+    let mut stop = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let mut live = Live::attach(&arguments.pids, options)?;
+    let mut profile = Profile::new(Settings { threshold_ns: options.threshold_ns });
+    let mut events = Vec::new();
+    live.scan(&mut events)?;
+
+    let look_every = (arguments.threshold / LOOKS_PER_THRESHOLD).clamp(*LOOK_EVERY.start(), *LOOK_EVERY.end());
+    let mut look = interval(look_every);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut reap = interval(REAP_EVERY);
+    reap.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let far_away = Duration::from_secs(10 * 365 * 24 * 3600);
+    let end = Instant::now() + arguments.duration.unwrap_or(far_away);
+    let mut no_loop_hint = Some(Instant::now() + NO_LOOP_HINT);
+    let mut saw_loop = false;
+
+    loop {
+        for notice in live.take_notices() {
+            say(&notice);
+        }
+        for event in events.drain(..) {
+            if let Event::LoopFound(info) = &event {
+                saw_loop = true;
+                say_found(info, &live, options.threshold_ns);
+            }
+            for update in profile.apply(event) {
+                sink.update(&update).map_err(output_error)?;
+            }
+        }
+        sink.flush().map_err(output_error)?;
+        if live.all_ended() {
+            say(if arguments.pids.len() == 1 { "the process has ended" } else { "the processes have ended" });
+            break;
+        }
+        tokio::select! {
+            ready = live.readable() => {
+                ready?;
+                live.drain(&mut events)?;
+            }
+            _ = look.tick() => live.watch(&mut events),
+            _ = reap.tick() => {
+                live.drain(&mut events)?;
+                live.reap(&mut events);
+                if no_loop_hint.is_some_and(|at| Instant::now() >= at) {
+                    no_loop_hint = None;
+                    if !saw_loop {
+                        say("no event loop seen so far: no thread of the target has called epoll_wait; still looking");
+                    }
+                }
+            }
+            _ = sleep_until(end) => break,
+            _ = stop.0.recv() => break,
+            _ = stop.1.recv() => break,
+        }
+    }
+    // What is under way when the end comes still counts.
+    live.drain(&mut events)?;
+    for event in events.drain(..) {
+        for update in profile.apply(event) {
+            sink.update(&update).map_err(output_error)?;
+        }
+    }
+    let measured = Measured {
+        duration: Duration::from_nanos(process::monotonic_ns() - started),
+        ticks: live.loops().iter().map(|totals| (totals.info.tid, totals.ticks)).collect::<BTreeMap<_, _>>(),
+        lost_records: live.counts().lost,
+        unsymbolized: live.unsymbolized(),
+        self_cpu: Duration::from_secs_f64(process::own_cpu_ms() / 1e3),
+    };
+    let summary = profile.summary(&measured);
+    sink.finish(&summary).map_err(output_error)?;
+    sink.flush().map_err(output_error)?;
+    if !saw_loop {
+        bail!(
+            "saw no event loop in process {}: nothing can be said about blocking (loopguard doctor --pid {} says why)",
+            arguments.pids.iter().map(u32::to_string).collect::<Vec<_>>().join(", "),
+            arguments.pids[0],
+        );
+    }
+    Ok(Outcome { blocks: profile.blocks() })
+}
+
+fn open_sink(arguments: &args::Attach) -> Result<Box<dyn Sink>> {
+    let (out, is_terminal): (Box<dyn Write>, bool) = match &arguments.output {
+        Some(path) => {
+            let file = File::create(path).with_context(|| format!("cannot write to {}", path.display()))?;
+            (Box::new(file), false)
+        }
+        None => (Box::new(io::stdout()), io::stdout().is_terminal()),
+    };
+    let out = BufWriter::new(out);
+    Ok(match arguments.format {
+        Format::Jsonl => Box::new(JsonLines::new(out)),
+        Format::Text => {
+            let plain = !is_terminal || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+            let look = Look {
+                style: if plain { Style::Plain } else { Style::Ansi },
+                times: Times::Local(wall_clock()),
+                current_dir: std::env::current_dir().ok(),
+            };
+            Box::new(Text::new(out, look))
+        }
+    })
+}
+
+fn wall_clock() -> WallClock {
+    let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let seconds = unix.as_secs() as libc::time_t;
+    // SAFETY: a plain struct, filled by the call.
+    let utc_offset_s = unsafe {
+        let mut local = std::mem::zeroed::<libc::tm>();
+        libc::localtime_r(&seconds, &mut local);
+        local.tm_gmtoff as i32
+    };
+    WallClock { monotonic_ns: process::monotonic_ns(), unix, utc_offset_s }
+}
+
+fn output_error(error: io::Error) -> anyhow::Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => anyhow::anyhow!("the reader of the output is gone; stopped"),
+        io::ErrorKind::StorageFull => {
+            anyhow::anyhow!("no space left where the output is written; what was written before is kept")
+        }
+        _ => anyhow::Error::new(error).context("cannot write the output"),
+    }
+}
+
+/// For the person at the terminal; never mixed into the output itself.
+fn say(text: &str) {
+    eprintln!("loopguard: {}", crate::sink::escape::printable(text));
+}
+
+fn say_found(info: &LoopInfo, live: &Live, threshold_ns: u64) {
+    let runtime = format!("{:?}", info.runtime).to_lowercase();
+    let steps = match info.steps {
+        StepMarks::Exact => "exact steps",
+        StepMarks::TicksOnly => "ticks only",
+    };
+    say(&format!(
+        "watching process {}, thread {} ({}): {runtime}, {}, {steps}; threshold {} ms",
+        info.pid,
+        info.tid,
+        info.thread,
+        live.describe(info.pid),
+        threshold_ns as f64 / 1e6,
+    ));
+}
