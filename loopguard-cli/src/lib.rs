@@ -3,5 +3,7 @@
 //! The data's way: kernel record ([`source`]) → [`core::event::Event`] → [`core::profile::Profile::apply`] →
 //! [`core::incident::Update`] → [`sink`].
 
+pub mod args;
 pub mod core;
 pub mod runtime;
+pub mod sink;
