@@ -94,7 +94,6 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
                 sink.update(&update).map_err(output_error)?;
             }
         }
-        sink.flush().map_err(output_error)?;
         if live.all_ended() {
             say(if arguments.pids.len() == 1 { "the process has ended" } else { "the processes have ended" });
             break;
@@ -136,7 +135,6 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
     };
     let summary = profile.summary(&measured);
     sink.finish(&summary).map_err(output_error)?;
-    sink.flush().map_err(output_error)?;
     if !saw_loop {
         bail!(
             "saw no event loop in process {}: nothing can be said about blocking (loopguard doctor --pid {} says why)",

@@ -3,5 +3,10 @@
 //! The data's way: kernel record ([`source`]) → [`core::event::Event`] → [`core::profile::Profile::apply`] →
 //! [`core::incident::Update`] → [`sink`].
 
+pub mod args;
+pub mod attach;
 pub mod core;
+pub mod doctor;
 pub mod runtime;
+pub mod sink;
+pub mod source;

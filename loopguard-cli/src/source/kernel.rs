@@ -281,7 +281,12 @@ fn program_mut<'a>(bpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::program
     bpf.program_mut(name).with_context(|| format!("the kernel object has no program {name}"))
 }
 
-const TRACEFS: &str = "/sys/kernel/tracing";
+pub const TRACEFS: &str = "/sys/kernel/tracing";
+
+/// Loads everything and lets go of it again.
+pub fn try_load() -> Result<()> {
+    Kernel::load(Wanted { threshold_ns: u64::MAX, capture_age_ns: u64::MAX }).map(drop)
+}
 
 /// Where tracefs is not mounted, mounts it in a mount namespace of our own: nothing is left behind.
 fn private_tracefs() -> io::Result<()> {

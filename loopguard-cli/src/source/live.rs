@@ -36,6 +36,8 @@ use crate::{
     },
 };
 
+/// Loops that are gone and still listed.
+const MAX_FINISHED: usize = 1000;
 /// A block that goes on is reported when it is this old, then each time its age has doubled.
 const ONGOING_AFTER_NS: u64 = 500_000_000;
 
@@ -61,6 +63,10 @@ pub struct Live {
     loops: HashMap<Tid, Loop>,
     /// What happened and did not fit into events: for the person at the terminal.
     notices: Vec<String>,
+    /// What loops that are gone had done.
+    finished: Vec<LoopTotals>,
+    /// Frames whose code object could not be read.
+    unsymbolized: u64,
     /// Records that no code here understood.
     unknown_records: u64,
 }
@@ -125,6 +131,8 @@ impl Live {
             targets: HashMap::new(),
             loops: HashMap::new(),
             notices: Vec::new(),
+            finished: Vec::new(),
+            unsymbolized: 0,
             unknown_records: 0,
         };
         for &pid in pids {
@@ -151,10 +159,7 @@ impl Live {
                 None
             }
         };
-        let uses_uvloop = process::maps_file(pid, |path| {
-            path.components().any(|part| part.as_os_str() == "uvloop")
-                && path.extension().is_some_and(|extension| extension == "so")
-        });
+        let uses_uvloop = process::uses_uvloop(pid);
         self.kernel.watch_process(pid, python.as_ref().map(|python| python.interpreter.layout()))?;
         self.targets.insert(pid, Target { pid, pidfd, python, uses_uvloop, ended: false });
         Ok(())
@@ -520,8 +525,14 @@ impl Live {
         };
         let tids: Vec<Tid> = self.loops.values().filter(|known| gone(self, known)).map(|known| known.info.tid).collect();
         for tid in tids {
+            if let Some(known) = self.loops.remove(&tid) {
+                self.finished.push(self.totals(&known));
+                // Bounded, however many threads come and go.
+                if self.finished.len() > MAX_FINISHED {
+                    self.finished.remove(0);
+                }
+            }
             self.kernel.unwatch_thread(tid);
-            self.loops.remove(&tid);
             events.push(Event::LoopGone { tid });
         }
         for target in self.targets.values().filter(|target| target.ended) {
@@ -533,17 +544,19 @@ impl Live {
         self.targets.values().all(|target| target.ended)
     }
 
+    fn totals(&self, known: &Loop) -> LoopTotals {
+        let clock = self.kernel.clock(known.info.tid).unwrap_or_default();
+        LoopTotals { info: known.info.clone(), ticks: clock.ticks, busy_ns: clock.busy_ns }
+    }
+
+    /// What each loop did so far, those that are gone included.
     pub fn loops(&self) -> Vec<LoopTotals> {
-        let mut totals: Vec<_> = self
-            .loops
-            .values()
-            .map(|known| {
-                let clock = self.kernel.clock(known.info.tid).unwrap_or_default();
-                LoopTotals { info: known.info.clone(), ticks: clock.ticks, busy_ns: clock.busy_ns }
-            })
-            .collect();
-        totals.sort_by_key(|totals| (totals.info.pid, totals.info.tid));
-        totals
+        self.finished.iter().cloned().chain(self.loops.values().map(|known| self.totals(known))).collect()
+    }
+
+    /// Frames that could not be named.
+    pub fn unsymbolized(&self) -> u64 {
+        self.unsymbolized
     }
 
     /// What each target turned out to be, for the person at the terminal.

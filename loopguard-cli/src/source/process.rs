@@ -4,7 +4,7 @@ use std::{
     fs, io,
     net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use crate::core::event::Tid;
@@ -122,10 +122,14 @@ pub fn has_ended(pidfd: &OwnedFd) -> bool {
     unsafe { libc::poll(&mut poll, 1, 0) == 1 }
 }
 
-/// Whether the library is mapped into the process.
-pub fn maps_file(pid: u32, is_it: impl Fn(&Path) -> bool) -> bool {
+/// Whether uvloop's extension module is mapped into the process.
+pub fn uses_uvloop(pid: u32) -> bool {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-    maps.lines().filter_map(|line| line.find('/').map(|at| PathBuf::from(&line[at..]))).any(|path| is_it(&path))
+    let mut paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
+    paths.any(|path| {
+        path.components().any(|part| part.as_os_str() == "uvloop")
+            && path.extension().is_some_and(|extension| extension == "so")
+    })
 }
 
 /// CPU time loopguard itself has used.

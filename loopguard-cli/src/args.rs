@@ -1,0 +1,158 @@
+//! Turns the command line into plain values; nothing here touches the system.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+/// Says what blocks a live event loop: which request did it, on which line, and where the time went.
+///
+/// loopguard watches from outside, through the kernel: no restart, no change to the code, and the target is never
+/// stopped. It needs root, or CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE.
+#[derive(Clone, Debug, PartialEq, Parser)]
+#[command(name = "loopguard", version, about, arg_required_else_help = true, after_help = EXIT_CODES)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Clone, Debug, PartialEq, Subcommand)]
+pub enum Command {
+    Attach(Attach),
+    Doctor(Doctor),
+}
+
+/// Watches running processes and tells every block of their event loops.
+///
+/// A block is one uninterrupted stretch in which one owner kept the event loop from running, at least as long as the
+/// threshold. Each one comes with the request (method, path, route, id, client), the line of your code nearest to
+/// where the time went, and the time itself: on the CPU, waiting, waiting for the GIL, or ready to run without a CPU.
+/// How the request is known is said too: exactly, inferred, or not at all.
+///
+/// Ctrl-C, --duration and the end of the target all end with the same summary.
+#[derive(Clone, Debug, PartialEq, ClapArgs)]
+#[command(after_help = EXIT_CODES)]
+pub struct Attach {
+    /// Process to watch; give it several times for several processes
+    #[arg(long = "pid", value_name = "PID", required = true, value_parser = pid)]
+    pub pids: Vec<u32>,
+
+    /// How long one owner must hold the loop to be reported, 1ms to 60s
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = threshold)]
+    pub threshold: Duration,
+
+    /// Stop after this time, 100ms to 30d [default: until Ctrl-C or the end of the target]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub duration: Option<Duration>,
+
+    /// How the steps of tasks are told apart
+    #[arg(long, value_enum, default_value_t = Steps::Auto)]
+    pub steps: Steps,
+
+    /// What the output looks like
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+
+    /// Write to this file instead of standard output
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+
+    /// Exit with 1 when a block was found
+    #[arg(long)]
+    pub fail_on_blocking: bool,
+
+    /// Print the log of the kernel programs to standard error
+    #[arg(long)]
+    pub debug_bpf: bool,
+}
+
+/// Says what works on this machine and for one process, what does not, and what to do about it.
+#[derive(Clone, Debug, PartialEq, ClapArgs)]
+pub struct Doctor {
+    /// Process to look at; without it, only the machine is checked
+    #[arg(long, value_name = "PID", value_parser = pid)]
+    pub pid: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Steps {
+    /// Mark every step with a probe where that is possible: owners are exact, at about 0.5 us a step
+    Auto,
+    /// No probes: a tick with several owners is cut where captures see the owner change, and owners are inferred
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A few lines per block, for people
+    Text,
+    /// One JSON object per line, for programs
+    Jsonl,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  nothing to complain about
+  1  a block was found, and --fail-on-blocking was given
+  2  loopguard could not do its job (it saw no event loop, for one)";
+
+/// Linux never gives out a higher one.
+const MAX_PID: u32 = 1 << 22;
+const MIN_THRESHOLD: Duration = Duration::from_millis(1);
+const MAX_THRESHOLD: Duration = Duration::from_secs(60);
+const MIN_DURATION: Duration = Duration::from_millis(100);
+const MAX_DURATION: Duration = Duration::from_secs(30 * 24 * 3600);
+
+fn pid(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(pid @ 1..=MAX_PID) => Ok(pid),
+        _ => Err(format!("a process id is a number from 1 to {MAX_PID}")),
+    }
+}
+
+fn threshold(text: &str) -> Result<Duration, String> {
+    match time(text)? {
+        time if (MIN_THRESHOLD..=MAX_THRESHOLD).contains(&time) => Ok(time),
+        _ => Err("a threshold is between 1ms and 60s".to_owned()),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match time(text)? {
+        time if (MIN_DURATION..=MAX_DURATION).contains(&time) => Ok(time),
+        _ => Err("a duration is between 100ms and 30d".to_owned()),
+    }
+}
+
+/// A number, with decimals or without, and its unit.
+fn time(text: &str) -> Result<Duration, String> {
+    const FORM: &str = "a time is a number and a unit (us, ms, s, m, h, d), like 50ms";
+    let unit_at = text.find(|char: char| !char.is_ascii_digit() && char != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit_at);
+    let unit_ns: u64 = match unit.trim() {
+        "ns" => 1,
+        "us" | "µs" => 1_000,
+        "ms" => 1_000_000,
+        "s" => 1_000_000_000,
+        "m" | "min" => 60 * 1_000_000_000,
+        "h" => 3600 * 1_000_000_000,
+        "d" => 24 * 3600 * 1_000_000_000,
+        "" if !number.is_empty() => return Err(format!("a unit is missing: is it {number}ms or {number}s?")),
+        _ => return Err(FORM.to_owned()),
+    };
+    let (whole, decimals) = number.split_once('.').unwrap_or((number, ""));
+    let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    if whole.is_empty() || !digits(whole) || !digits(decimals) || number.ends_with('.') {
+        return Err(FORM.to_owned());
+    }
+    // More than 20 digits are beyond any bound, and decimals beyond the ninth below a nanosecond of any unit in use.
+    let whole_ns = whole.parse::<u64>().ok().and_then(|whole| whole.checked_mul(unit_ns));
+    let decimals_ns: u128 = decimals
+        .bytes()
+        .take(18)
+        .enumerate()
+        .map(|(place, digit)| u128::from(digit - b'0') * u128::from(unit_ns) / 10u128.pow(place as u32 + 1))
+        .sum();
+    let whole_ns = whole_ns.ok_or_else(|| "that is too long".to_owned())?;
+    Ok(Duration::from_nanos(whole_ns.saturating_add(decimals_ns as u64)))
+}

@@ -1,0 +1,213 @@
+//! What the core found, with everything a sink needs to show it.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::cut::{Span, each, scaled, total};
+use super::event::{Frame, How, LoopInfo, Origin, Owner, RequestFacts, Stack};
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Update {
+    /// A block that has ended.
+    Block(Incident),
+    /// A block that goes on; its [`Update::Block`] follows when it ends.
+    Ongoing(Ongoing),
+}
+
+/// A step, or the part of a tick one owner had, that reached the threshold. Times are `CLOCK_MONOTONIC` nanoseconds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Incident {
+    pub on: Arc<LoopInfo>,
+    pub start_ns: u64,
+    pub end_ns: u64,
+    pub threshold_ns: u64,
+    pub split: Split,
+    /// Longest first.
+    pub waits: Vec<WaitTotal>,
+    pub blame: Blame,
+    /// It was already running when loopguard came, so it is longer than what is reported.
+    pub cut_at_attach: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ongoing {
+    pub on: Arc<LoopInfo>,
+    pub start_ns: u64,
+    pub now_ns: u64,
+    pub threshold_ns: u64,
+    pub blame: Blame,
+}
+
+/// Whose block it is, on which line, and how sure that is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Blame {
+    pub owner: Owner,
+    pub attribution: Attribution,
+    /// The stack that stands for most of the time.
+    pub stack: Arc<Stack>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Attribution {
+    Exact,
+    Inferred,
+    Unknown,
+}
+
+/// What took most of the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// The code ran, or waited for something it asked for.
+    Code,
+    /// It was ready to run, but the machine gave it no CPU.
+    Host,
+    /// Another thread held the interpreter lock.
+    Gil,
+    /// No group took more than every other.
+    Unknown,
+}
+
+/// Where a span of time went. The four parts sum to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Split {
+    pub on_cpu_ns: u64,
+    pub waiting_ns: u64,
+    pub gil_ns: u64,
+    pub run_queue_ns: u64,
+}
+
+/// All waits of an incident in the same system call on the same thing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaitTotal {
+    pub syscall: String,
+    /// What it waited on, when that could be read.
+    pub on: Option<String>,
+    pub ns: u64,
+}
+
+/// The user's own code nearest to where the time went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UserLine<'a> {
+    pub frame: &'a Frame,
+    /// What that line called, when it is on the stack: a builtin function is not.
+    pub called: Option<&'a Frame>,
+}
+
+impl Incident {
+    pub fn duration_ns(&self) -> u64 {
+        self.end_ns.saturating_sub(self.start_ns)
+    }
+
+    pub fn verdict(&self) -> Verdict {
+        self.split.verdict()
+    }
+
+    pub fn user_line(&self) -> Option<UserLine<'_>> {
+        user_line(&self.blame.stack)
+    }
+}
+
+impl Ongoing {
+    pub fn age_ns(&self) -> u64 {
+        self.now_ns.saturating_sub(self.start_ns)
+    }
+}
+
+impl Blame {
+    pub fn request(&self) -> Option<&Arc<RequestFacts>> {
+        match &self.owner {
+            Owner::Request { request, .. } => Some(request),
+            Owner::NoRequest { .. } | Owner::Unknown(_) => None,
+        }
+    }
+
+    pub fn how(&self) -> How {
+        match self.owner {
+            Owner::Request { how, .. } => how,
+            Owner::NoRequest { .. } | Owner::Unknown(_) => How::None,
+        }
+    }
+
+    pub fn task(&self) -> Option<&str> {
+        match &self.owner {
+            Owner::NoRequest { task } => task.as_deref(),
+            Owner::Request { .. } | Owner::Unknown(_) => None,
+        }
+    }
+
+    pub fn user_line(&self) -> Option<UserLine<'_>> {
+        user_line(&self.stack)
+    }
+}
+
+pub fn user_line(stack: &Stack) -> Option<UserLine<'_>> {
+    let deepest = stack.frames.iter().position(|frame| frame.origin == Origin::User)?;
+    let called = deepest.checked_sub(1).map(|inner| &*stack.frames[inner]);
+    Some(UserLine { frame: &stack.frames[deepest], called })
+}
+
+impl Split {
+    pub fn of(span: &Span) -> Self {
+        let duration = span.duration_ns();
+        let off_total = total(span.off_cpu);
+        // More time off the CPU than time there was: clocks read at slightly different instants. The proportions hold.
+        let off = if off_total > duration.into() {
+            each([span.off_cpu], |[ns]| scaled(ns, duration.into(), off_total))
+        } else {
+            span.off_cpu
+        };
+        Self {
+            on_cpu_ns: duration - off.waiting_ns - off.gil_ns - off.run_queue_ns,
+            waiting_ns: off.waiting_ns,
+            gil_ns: off.gil_ns,
+            run_queue_ns: off.run_queue_ns,
+        }
+    }
+
+    pub fn verdict(&self) -> Verdict {
+        let mut groups = [
+            (self.on_cpu_ns.saturating_add(self.waiting_ns), Verdict::Code),
+            (self.gil_ns, Verdict::Gil),
+            (self.run_queue_ns, Verdict::Host),
+        ];
+        groups.sort_by_key(|(ns, _)| std::cmp::Reverse(*ns));
+        let [(first, verdict), (second, _), _] = groups;
+        if first > second { verdict } else { Verdict::Unknown }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::event::OffCpu;
+    use super::*;
+
+    fn split(duration: u64, [waiting_ns, gil_ns, run_queue_ns]: [u64; 3]) -> Split {
+        Split::of(&Span { start_ns: 5, end_ns: 5 + duration, off_cpu: OffCpu { waiting_ns, gil_ns, run_queue_ns } })
+    }
+
+    #[test]
+    fn the_verdict_is_the_largest_group() {
+        assert_eq!(split(100, [0, 0, 0]).verdict(), Verdict::Code);
+        assert_eq!(split(100, [90, 0, 0]).verdict(), Verdict::Code);
+        assert_eq!(split(100, [0, 60, 10]).verdict(), Verdict::Gil);
+        assert_eq!(split(100, [10, 20, 60]).verdict(), Verdict::Host);
+        // On-CPU and waiting count together: here 20 + 21 against 40.
+        assert_eq!(split(100, [21, 40, 19]).verdict(), Verdict::Code);
+    }
+
+    #[test]
+    fn a_tie_and_nothing_at_all_are_unknown() {
+        assert_eq!(split(100, [0, 50, 0]).verdict(), Verdict::Unknown);
+        assert_eq!(split(0, [0, 0, 0]).verdict(), Verdict::Unknown);
+        assert_eq!(split(0, [7, 0, 0]).verdict(), Verdict::Unknown);
+    }
+
+    #[test]
+    fn more_off_cpu_time_than_time_is_scaled_down() {
+        let scaled = split(100, [150, 50, 0]);
+        assert_eq!(scaled, Split { on_cpu_ns: 0, waiting_ns: 75, gil_ns: 25, run_queue_ns: 0 });
+    }
+}

@@ -1,0 +1,167 @@
+//! `loopguard doctor`: says what works on this machine and for one process, what does not, and what to do about it.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::Path,
+};
+
+use anyhow::Result;
+
+use crate::{
+    args,
+    runtime::cpython::{self, Interpreter, NotUsable, probe::StepProbe},
+    sink::escape::printable,
+    source::{btf, kernel, process, target},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Level {
+    Fine,
+    /// It works, with less.
+    Limited,
+    /// It does not work.
+    Broken,
+}
+
+struct Finding {
+    level: Level,
+    about: &'static str,
+    text: String,
+}
+
+#[derive(Default)]
+struct Findings(Vec<Finding>);
+
+impl Findings {
+    fn add(&mut self, level: Level, about: &'static str, text: impl Into<String>) {
+        self.0.push(Finding { level, about, text: text.into() });
+    }
+}
+
+/// Whether attaching would work.
+pub fn run(arguments: &args::Doctor) -> Result<bool> {
+    let mut findings = Findings::default();
+    look_at_machine(&mut findings);
+    if let Some(pid) = arguments.pid {
+        match target::check(pid) {
+            Err(reason) => findings.add(Level::Broken, "target", reason.to_string()),
+            Ok(()) => look_at_target(pid, &mut findings),
+        }
+    }
+    let mut out = io::stdout().lock();
+    for Finding { level, about, text } in &findings.0 {
+        let mark = match level {
+            Level::Fine => "ok     ",
+            Level::Limited => "limited",
+            Level::Broken => "MISSING",
+        };
+        writeln!(out, "{mark}  {about:<12} {}", printable(text))?;
+    }
+    Ok(findings.0.iter().all(|finding| finding.level < Level::Broken))
+}
+
+fn look_at_machine(findings: &mut Findings) {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim();
+    let mut numbers = release.split(|char: char| !char.is_ascii_digit()).map(|part| part.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= (5, 18) {
+        findings.add(Level::Fine, "kernel", format!("Linux {release}"));
+    } else {
+        findings.add(Level::Broken, "kernel", format!("Linux {release}: 5.18 or newer is needed"));
+    }
+    if !cfg!(target_arch = "x86_64") {
+        findings.add(Level::Broken, "processor", "the kernel programs read x86_64 registers only, so far");
+    }
+    match btf::read_vmlinux().map(|btf| btf::field_offset(&btf, "task_struct", "pid")) {
+        Ok(Some(_)) => findings.add(Level::Fine, "BTF", format!("the kernel describes its types ({})", btf::VMLINUX)),
+        Ok(None) => findings.add(Level::Broken, "BTF", format!("{} has no task_struct", btf::VMLINUX)),
+        Err(_) => findings.add(
+            Level::Broken,
+            "BTF",
+            format!("{} is not there: a kernel built with CONFIG_DEBUG_INFO_BTF=y is needed", btf::VMLINUX),
+        ),
+    }
+    if Path::new(kernel::TRACEFS).join("events").exists() {
+        findings.add(Level::Fine, "tracefs", format!("mounted at {}", kernel::TRACEFS));
+    } else if Path::new(kernel::TRACEFS).exists() {
+        findings.add(
+            Level::Fine,
+            "tracefs",
+            format!(
+                "not mounted; loopguard mounts it for itself, or: mount -t tracefs nodev {} ",
+                kernel::TRACEFS
+            ),
+        );
+    } else {
+        findings.add(Level::Broken, "tracefs", "not in this kernel: CONFIG_FTRACE and CONFIG_FTRACE_SYSCALLS are needed");
+    }
+    for (name, held) in target::privileges() {
+        if held {
+            findings.add(Level::Fine, "privilege", name);
+        } else {
+            findings.add(Level::Broken, "privilege", format!("{name} is missing: run as root (sudo)"));
+        }
+    }
+    match kernel::try_load() {
+        Ok(()) => findings.add(Level::Fine, "programs", "the kernel accepts all of loopguard's programs"),
+        Err(error) => findings.add(Level::Broken, "programs", first_line(&format!("{error:#}"))),
+    }
+}
+
+fn look_at_target(pid: u32, findings: &mut Findings) {
+    findings.add(Level::Fine, "target", format!("process {pid}: {}", process::command_line(pid)));
+    let polls = process::epoll_descriptors(pid).len();
+    if polls == 0 {
+        findings.add(Level::Broken, "loops", "the process has no epoll descriptor now: no event loop, or not yet");
+    } else {
+        findings.add(Level::Fine, "loops", format!("{polls} epoll descriptor(s) open"));
+    }
+    match cpython::find(pid) {
+        Ok(interpreter) => look_at_python(pid, &interpreter, findings),
+        Err(NotUsable::NotPython) => findings.add(
+            Level::Limited,
+            "runtime",
+            "no CPython in this process: blocks of its epoll loops are found, without requests and Python lines",
+        ),
+        Err(error) => findings.add(
+            Level::Limited,
+            "runtime",
+            format!("{error}; blocks are found, without requests and Python lines"),
+        ),
+    }
+}
+
+fn look_at_python(pid: u32, interpreter: &Interpreter, findings: &mut Findings) {
+    findings.add(Level::Fine, "runtime", format!("CPython {}", interpreter.version()));
+    match interpreter.threads() {
+        Ok(threads) => findings.add(Level::Fine, "frames", format!("{} Python thread(s) can be read", threads.len())),
+        Err(error) => findings.add(Level::Broken, "frames", format!("its thread states cannot be read: {error}")),
+    }
+    let uvloop = process::uses_uvloop(pid);
+    findings.add(
+        Level::Fine,
+        "requests",
+        "by the ASGI scope in the running frames (exact), else by the current task and those that await it (inferred)",
+    );
+    for (which, what) in [
+        (StepProbe::ContextRun, "asyncio steps"),
+        (StepProbe::ContextEnter, if uvloop { "uvloop steps" } else { "uvloop steps (not loaded now)" }),
+    ] {
+        match interpreter.probe_site(which) {
+            Ok(site) => {
+                findings.add(Level::Fine, "steps", format!("{what}: exact, by a probe on `{}`", site.instruction))
+            }
+            Err(reason) => findings.add(
+                Level::Limited,
+                "steps",
+                format!("{what}: {reason}; ticks with several owners are cut by captures (inferred)"),
+            ),
+        }
+    }
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
+}
