@@ -1,9 +1,32 @@
-//! The project's chores: `cargo xtask build-ebpf`.
+//! The project's chores: `cargo xtask setup | build-ebpf | demo | test | lint-python`.
+
+mod companion;
+mod demo;
+mod pythons;
+mod setup;
+mod sid;
+mod step;
+mod suite;
 
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use xtask::toolchain;
+use xtask::workspace::Workspace;
+
+use crate::demo::Screen;
+use crate::suite::Pythons;
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  setup                        find or install what the build, the demo and the tests need
+  build-ebpf                   build the kernel programs and print where the object is
+  demo [--tui]                 block a demo server on purpose and let loopguard say who did it
+  test [--all-pythons] [-- CARGO-TEST-ARGUMENTS]
+                               all tests; as root those in the real kernel too;
+                               --all-pythons: also Debian's newest interpreters, in a chroot
+  lint-python                  ruff over the Python files";
 
 fn main() -> ExitCode {
     match run() {
@@ -16,9 +39,25 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    match std::env::args().nth(1).as_deref() {
-        Some("build-ebpf") => println!("{}", toolchain::build_ebpf()?.display()),
-        _ => bail!("usage: cargo xtask build-ebpf"),
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["setup"] => setup::run(&Workspace::locate()?),
+        ["build-ebpf"] => {
+            println!("{}", toolchain::build_ebpf()?.display());
+            Ok(())
+        }
+        ["demo"] => demo::run(Screen::Text),
+        ["demo", "--tui"] => demo::run(Screen::Tui),
+        ["test"] => suite::run(Pythons::Host, &[]),
+        ["test", "--all-pythons"] => suite::run(Pythons::HostAndSid, &[]),
+        ["test", "--", rest @ ..] => suite::run(Pythons::Host, rest),
+        ["test", "--all-pythons", "--", rest @ ..] => suite::run(Pythons::HostAndSid, rest),
+        ["lint-python"] => suite::lint_python(),
+        [] | ["help" | "--help" | "-h"] => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        _ => bail!("don't know `cargo xtask {}`\n{USAGE}", arguments.join(" ")),
     }
-    Ok(())
 }

@@ -1,0 +1,85 @@
+//! Runs the tests, with a virtual environment for every Python that can be had, and lints the Python files.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use xtask::workspace::{Workspace, cargo};
+
+use crate::pythons::{self, Venv};
+use crate::setup;
+use crate::sid::Sid;
+use crate::step::say;
+
+/// What the tests start servers with.
+pub const REQUIREMENTS: &str = "xtask/requirements-test.txt";
+const LINT_REQUIREMENTS: &str = "xtask/requirements-lint.txt";
+
+/// Which interpreters the tests get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pythons {
+    Host,
+    /// Also those of Debian sid, in a chroot.
+    HostAndSid,
+}
+
+/// The tests read which servers they may start from the environment:
+/// `LOOPGUARD_TEST_PYTHONS` (also as `LOOPGUARD_PYTHONS`) holds the Python of each virtual environment, joined by
+/// colons; `LOOPGUARD_TEST_SID` is the root of the chroot, with `/venv-3.13` and so on inside.
+pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
+    let workspace = Workspace::locate()?;
+    setup::run(&workspace)?;
+    let pythons = host_pythons(&workspace)?;
+    let joined = std::env::join_paths(pythons).context("a path holds a colon")?;
+
+    let mut test = cargo();
+    test.arg("test")
+        .args(cargo_test_arguments)
+        .current_dir(&workspace.root)
+        .env("LOOPGUARD_TEST_PYTHONS", &joined)
+        .env("LOOPGUARD_PYTHONS", &joined);
+    // Lives until the tests are done: its mounts go with it.
+    let sid = match which {
+        Pythons::Host => None,
+        Pythons::HostAndSid => Some(Sid::prepare(&workspace)?),
+    };
+    if let Some(sid) = &sid {
+        test.env("LOOPGUARD_TEST_SID", sid.root());
+    }
+    if !setup::is_root() {
+        say("not root: the tests that load kernel programs are skipped");
+    }
+    let status = test.status().context("run cargo test")?;
+    ensure!(status.success(), "tests failed");
+    Ok(())
+}
+
+fn host_pythons(workspace: &Workspace) -> Result<Vec<PathBuf>> {
+    let requirements = workspace.root.join(REQUIREMENTS);
+    let mut ready = Vec::new();
+    for python in pythons::find() {
+        let folder = workspace.target.join(format!("test/venv-{python}"));
+        match Venv::prepare(&python, folder, &requirements) {
+            Ok(venv) => ready.push(venv.python()),
+            Err(error) => say(&format!("going on without Python {python}: {error:#}")),
+        }
+    }
+    ensure!(!ready.is_empty(), "no Python here can run the test servers: the lines above say why");
+    Ok(ready)
+}
+
+pub fn lint_python() -> Result<()> {
+    let workspace = Workspace::locate()?;
+    let python = pythons::find().pop().context("no CPython 3.11 or newer with venv: run `cargo xtask setup`")?;
+    let requirements = workspace.root.join(LINT_REQUIREMENTS);
+    let venv = Venv::prepare(&python, workspace.target.join("lint/venv"), &requirements)?;
+    for arguments in [["check", "."].as_slice(), &["format", "--check", "."]] {
+        let status = Command::new(venv.program("ruff"))
+            .args(arguments)
+            .current_dir(&workspace.root)
+            .status()
+            .context("run ruff")?;
+        ensure!(status.success(), "`ruff {}` found something", arguments.join(" "));
+    }
+    Ok(())
+}
