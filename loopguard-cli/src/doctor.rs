@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use crate::{
     args,
-    runtime::cpython::{self, Interpreter, NotUsable, probe::StepProbe},
+    runtime::cpython::{self, Interpreter, NotUsable, StepProbe},
     sink::escape::printable,
     source::{btf, kernel, process, target},
 };
@@ -134,7 +134,7 @@ fn look_at_target(pid: u32, findings: &mut Findings) {
 }
 
 fn look_at_python(pid: u32, interpreter: &Interpreter, findings: &mut Findings) {
-    findings.add(Level::Fine, "runtime", format!("CPython {}", interpreter.version()));
+    findings.add(Level::Fine, "runtime", format!("CPython {}", interpreter.version));
     match interpreter.threads() {
         Ok(threads) => findings.add(Level::Fine, "frames", format!("{} Python thread(s) can be read", threads.len())),
         Err(error) => findings.add(Level::Broken, "frames", format!("its thread states cannot be read: {error}")),

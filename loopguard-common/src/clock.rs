@@ -265,3 +265,167 @@ fn bucket(length_ns: u64) -> usize {
 #[cfg(feature = "user")]
 // SAFETY: plain integers without padding bytes.
 unsafe impl aya::Pod for LoopClock {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::records::STEP_PROBED;
+
+    const MS: u64 = 1_000_000;
+    /// The clock never shows 0, which stands for "not in a tick".
+    const START: u64 = 1000 * MS;
+
+    /// A thread's story, one edge a line: `time_ms what`. What comes out: one line for each ended step, with its
+    /// start..end and its time off the CPU, and its waits.
+    fn check(story: &str, expected: &[&str]) {
+        let mut clock = LoopClock { polling: 1, ..LoopClock::default() };
+        let mut told = Vec::new();
+        for line in story.lines().map(str::trim).filter(|line| !line.is_empty()) {
+            let mut words = line.split_whitespace();
+            let now = START + words.next().unwrap().parse::<u64>().unwrap() * MS;
+            let ended = match words.next().unwrap() {
+                "poll-returns" => {
+                    clock.begin_tick(now);
+                    None
+                }
+                "polls" => {
+                    let ended = clock.in_tick().then(|| clock.end_step(now));
+                    let told = ended.map(|ended| tell(&clock, ended));
+                    clock.end_tick();
+                    told
+                }
+                "step" => {
+                    let sp = words.next().map_or(1000, |sp| sp.parse().unwrap());
+                    clock.is_step_edge(sp, true).then(|| {
+                        let ended = clock.end_step(now);
+                        let told = tell(&clock, ended);
+                        clock.begin_step(now, STEP_PROBED);
+                        told
+                    })
+                }
+                "sleeps" => {
+                    let (syscall, gil) = match words.next().unwrap() {
+                        "gil" => (202, true),
+                        number => (number.parse().unwrap(), false),
+                    };
+                    clock.switch_out(now, SwitchOut::Waits { syscall, arg0: 7, gil });
+                    None
+                }
+                "woken" => {
+                    clock.wakeup(now);
+                    None
+                }
+                "preempted" => {
+                    clock.switch_out(now, SwitchOut::Preempted);
+                    None
+                }
+                "runs" => {
+                    clock.switch_in(now);
+                    None
+                }
+                other => panic!("{other}"),
+            };
+            told.extend(ended);
+        }
+        assert_eq!(told, expected);
+    }
+
+    fn tell(clock: &LoopClock, ended: EndedStep) -> String {
+        let OffCpu { waiting_ns, gil_ns, run_queue_ns } = clock.off_cpu();
+        let on_cpu = ended.duration_ns() - waiting_ns - gil_ns - run_queue_ns;
+        let mut told = format!("{}..{}", (ended.start_ns - START) / MS, (ended.end_ns - START) / MS);
+        for (name, ns) in [("cpu", on_cpu), ("wait", waiting_ns), ("gil", gil_ns), ("queue", run_queue_ns)] {
+            if ns > 0 {
+                told += &format!(" {name} {}", ns / MS);
+            }
+        }
+        for wait in clock.waits.iter().take_while(|wait| wait.count > 0) {
+            told += &format!(" [{}x{} {}]", wait.syscall, wait.count, wait.ns / MS);
+        }
+        told
+    }
+
+    #[test]
+    fn a_tick_without_probes_is_one_step() {
+        check("10 poll-returns\n 40 polls", &["10..40 cpu 30"]);
+    }
+
+    #[test]
+    fn probes_cut_a_tick_into_steps() {
+        check("10 poll-returns\n 11 step\n 31 step\n 40 polls", &["10..11 cpu 1", "11..31 cpu 20", "31..40 cpu 9"]);
+    }
+
+    #[test]
+    fn a_nested_context_run_is_the_same_step() {
+        check("10 poll-returns\n 11 step 1000\n 20 step 900\n 40 polls", &["10..11 cpu 1", "11..40 cpu 29"]);
+        // The next tick may begin deeper: nothing of the last one counts.
+        check("1 poll-returns\n 1 step 900\n 2 polls\n 3 poll-returns\n 4 step 800\n 9 polls", &[
+            "1..1", "1..2 cpu 1", "3..4 cpu 1", "4..9 cpu 5",
+        ]);
+    }
+
+    #[test]
+    fn probes_outside_a_tick_are_nobodys() {
+        check("1 step\n 2 poll-returns\n 3 polls\n 4 step", &["2..3 cpu 1"]);
+    }
+
+    #[test]
+    fn time_off_the_cpu_is_split_and_adds_up() {
+        check(
+            "0 poll-returns\n 5 sleeps 45\n 25 woken\n 27 runs\n 30 preempted\n 34 runs\n 35 sleeps gil\n 42 woken
+             43 runs\n 50 polls",
+            &["0..50 cpu 16 wait 20 gil 7 queue 7 [45x1 20] [202x1 7]"],
+        );
+    }
+
+    #[test]
+    fn a_wait_across_an_unseen_wakeup_ends_when_the_thread_runs() {
+        check("0 poll-returns\n 5 sleeps 230\n 9 runs\n 10 polls", &["0..10 cpu 6 wait 4 [230x1 4]"]);
+    }
+
+    #[test]
+    fn waits_of_one_kind_are_one_and_the_rest_is_other() {
+        let mut story = "0 poll-returns\n".to_owned();
+        for i in 0..12 {
+            story += &format!("{} sleeps {i}\n {} runs\n", 1 + i * 2, 2 + i * 2);
+        }
+        check(&(story + "30 polls"), &[
+            "0..30 cpu 18 wait 12 [0x1 1] [1x1 1] [2x1 1] [3x1 1] [4x1 1] [5x1 1] [6x1 1] [-2x5 5]",
+        ]);
+        check("0 poll-returns\n 1 sleeps 1\n 2 runs\n 3 sleeps 1\n 5 runs\n 6 polls", &["0..6 cpu 3 wait 3 [1x2 3]"]);
+    }
+
+    #[test]
+    fn idling_is_nobodys_time() {
+        check("0 poll-returns\n 1 polls\n 2 preempted\n 50 woken\n 60 runs\n 61 poll-returns\n 63 polls", &[
+            "0..1 cpu 1", "61..63 cpu 2",
+        ]);
+    }
+
+    #[test]
+    fn captures_keep_their_distance() {
+        let pace = CapturePace { age_ns: 5 * MS, gap_ns: MS, backoff_shift: 5 };
+        let mut clock = LoopClock::default();
+        clock.begin_tick(100 * MS);
+        assert!(!clock.capture_due(104 * MS, pace), "young");
+        assert!(clock.capture_due(105 * MS, pace));
+        clock.last_capture_ns = 105 * MS;
+        assert!(!clock.capture_due(105 * MS + MS / 2, pace), "just captured");
+        assert!(clock.capture_due(106 * MS, pace));
+        clock.last_capture_ns = 420 * MS;
+        assert!(!clock.capture_due(425 * MS, pace), "the older the step, the further apart");
+        assert!(clock.capture_due(432 * MS, pace));
+    }
+
+    #[test]
+    fn ticks_are_counted_by_length() {
+        let mut clock = LoopClock::default();
+        for (start, end) in [(0, 0), (10, 11), (20, 120)] {
+            clock.begin_tick(1 + start * MS);
+            clock.end_step(1 + end * MS);
+            clock.end_tick();
+        }
+        assert_eq!((clock.ticks, clock.busy_ns), (3, 101 * MS));
+        assert_eq!((clock.tick_histogram[0], clock.tick_histogram[10], clock.tick_histogram[17]), (1, 1, 1));
+    }
+}

@@ -5,6 +5,7 @@ use std::{
     fs, io,
     num::NonZeroU32,
     path::Path,
+    thread,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -12,7 +13,7 @@ use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData, PerCpuArray, RingBuf},
     programs::{
-        BtfTracePoint, PerfEvent, TracePoint, UProbe,
+        BtfTracePoint, PerfEvent, Program, TracePoint, UProbe,
         perf_event::{PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
         uprobe::{UProbeLinkId, UProbeScope},
     },
@@ -24,7 +25,7 @@ use loopguard_common::{
 };
 
 use super::btf;
-use crate::{core::event::Tid, runtime::cpython::probe::{ProbeSite, StepProbe}};
+use crate::{core::event::Tid, runtime::cpython::{ProbeSite, StepProbe}};
 
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without the BPF toolchain.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LOOPGUARD_BPF_OBJECT"));
@@ -114,13 +115,24 @@ impl Kernel {
     }
 
     fn attach_everywhere(&mut self, btf: &Btf) -> Result<()> {
-        for (program, tracepoint) in [("on_sched_switch", "sched_switch"), ("on_sched_wakeup", "sched_wakeup")] {
-            let program: &mut BtfTracePoint = program_mut(&mut self.bpf, program)?.try_into()?;
-            program.load(tracepoint, btf).with_context(|| format!("load the program for {tracepoint}"))?;
-            program.attach().with_context(|| format!("attach {tracepoint}"))?;
-        }
-        for (program, edge) in [("on_poll_enter", "enter"), ("on_poll_exit", "exit")] {
-            let program: &mut TracePoint = program_mut(&mut self.bpf, program)?.try_into()?;
+        let mut programs: StdHashMap<&str, &mut Program> = self.bpf.programs_mut().collect();
+        let mut take = |name: &'static str| {
+            programs.remove(name).with_context(|| format!("the kernel object has no program {name}"))
+        };
+        let sample: &mut PerfEvent = take("on_sample")?.try_into()?;
+        let switch: &mut BtfTracePoint = take("on_sched_switch")?.try_into()?;
+        // The verifier takes its time for the two programs that walk frames: let it look at both at once.
+        thread::scope(|scope| {
+            let sample = scope.spawn(|| sample.load().context("load the sampling program"));
+            switch.load("sched_switch", btf).context("load the program for sched_switch")?;
+            sample.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        switch.attach().context("attach sched_switch")?;
+        let wakeup: &mut BtfTracePoint = take("on_sched_wakeup")?.try_into()?;
+        wakeup.load("sched_wakeup", btf).context("load the program for sched_wakeup")?;
+        wakeup.attach().context("attach sched_wakeup")?;
+        for (name, edge) in [("on_poll_enter", "enter"), ("on_poll_exit", "exit")] {
+            let program: &mut TracePoint = take(name)?.try_into()?;
             program.load().with_context(|| format!("load the program for the polls' {edge}"))?;
             for call in ["epoll_wait", "epoll_pwait", "epoll_pwait2"] {
                 let tracepoint = format!("sys_{edge}_{call}");
@@ -130,10 +142,8 @@ impl Kernel {
                 }
             }
         }
-        let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
-        program.load().context("load the sampling program")?;
         for which in [StepProbe::ContextRun, StepProbe::ContextEnter] {
-            let program: &mut UProbe = program_mut(&mut self.bpf, step_program(which))?.try_into()?;
+            let program: &mut UProbe = take(step_program(which))?.try_into()?;
             program.load().context("load the step programs")?;
         }
         Ok(())

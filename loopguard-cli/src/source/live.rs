@@ -17,7 +17,7 @@ use loopguard_common::{
         AddressRange, CaptureCause, CaptureRecord, LoopThread, STEP_CUT_AT_ATTACH, STEP_PROBED, StepRecord,
         THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST, WalkStatus,
     },
-    walk::{Memory as _, PyThread, Scratch, snapshot_request, walk_frames},
+    walk::{Memory as _, Scratch, snapshot_request, walk_frames},
 };
 use tokio::io::unix::AsyncFd;
 
@@ -30,10 +30,7 @@ use crate::{
     core::event::{
         Capture, CapturedWait, Event, How, LoopInfo, OpenStep, Owner, Runtime, Stack, Step, StepMarks, StepWait, Tid,
     },
-    runtime::{
-        cpython::{self, Inspector, Interpreter, NotUsable, PyThreadInfo, probe::StepProbe},
-        memory::ProcessMemory,
-    },
+    runtime::cpython::{self, Inspector, Interpreter, NotUsable, PyThreadInfo, StepProbe},
 };
 
 /// Loops that are gone and still listed.
@@ -83,14 +80,12 @@ struct Target {
 struct Python {
     interpreter: Arc<Interpreter>,
     inspector: Inspector,
-    memory: ProcessMemory,
 }
 
 /// A loop thread that is watched.
 struct Loop {
     info: LoopInfo,
     python: Option<PyThreadInfo>,
-    native_thread_id: u64,
     epoll_fd: i32,
     step: StepFacts,
 }
@@ -146,11 +141,7 @@ impl Live {
         let python = match cpython::find(pid) {
             Ok(interpreter) => {
                 let interpreter = Arc::new(interpreter);
-                Some(Python {
-                    inspector: Inspector::new(interpreter.clone()),
-                    memory: ProcessMemory::new(pid),
-                    interpreter,
-                })
+                Some(Python { inspector: Inspector::new(interpreter.clone()), interpreter })
             }
             Err(NotUsable::NotPython) => None,
             Err(NotUsable::Gone) => bail!("process {pid} ended while loopguard was attaching"),
@@ -160,7 +151,8 @@ impl Live {
             }
         };
         let uses_uvloop = process::uses_uvloop(pid);
-        self.kernel.watch_process(pid, python.as_ref().map(|python| python.interpreter.layout()))?;
+        let layout = python.as_ref().map(|python| python.interpreter.layout());
+        self.kernel.watch_process(pid, layout.as_ref())?;
         self.targets.insert(pid, Target { pid, pidfd, python, uses_uvloop, ended: false });
         Ok(())
     }
@@ -271,8 +263,8 @@ impl Live {
         let thread = python.interpreter.threads().ok()?.into_iter().find(|thread| thread.native_thread_id == native)?;
         let mut record = empty_capture();
         let mut scratch = Scratch::default();
-        let walked = PyThread { state: thread.state, native_thread_id: native };
-        walk_frames(&python.memory, python.interpreter.layout(), walked, &mut scratch, &mut record);
+        let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
+        walk_frames(memory, &layout, thread.walked(), &mut scratch, &mut record);
         let stack = python.inspector.stack(frames(&record), walk_status(&record));
         Some((thread, stack))
     }
@@ -301,9 +293,9 @@ impl Live {
         }
         if let Some(target) = self.targets.get_mut(&pid)
             && let Some(python) = &mut target.python
-            && let Some(layout) = python.inspector.refresh_asyncio()
+            && python.interpreter.refresh_asyncio()
         {
-            self.kernel.update_layout(pid, &layout)?;
+            self.kernel.update_layout(pid, &python.interpreter.layout())?;
         }
         let info = LoopInfo {
             pid,
@@ -313,7 +305,7 @@ impl Live {
             steps: if marks.is_some() { StepMarks::Exact } else { StepMarks::TicksOnly },
         };
         events.push(Event::LoopFound(info.clone()));
-        self.loops.insert(tid, Loop { info, python, native_thread_id, epoll_fd, step: StepFacts::default() });
+        self.loops.insert(tid, Loop { info, python, epoll_fd, step: StepFacts::default() });
         Ok(())
     }
 
@@ -439,7 +431,7 @@ impl Live {
                 // struct pollfd: the descriptor comes first (poll.h).
                 let mut fd = 0u32;
                 let python = self.targets.get(&pid)?.python.as_ref()?;
-                python.memory.read(record.arg0, &mut fd).then(|| process::descriptor(pid, fd as i32))?
+                python.interpreter.memory().read(record.arg0, &mut fd).then(|| process::descriptor(pid, fd as i32))?
             }
             syscall::FirstArgument::Other => None,
         }
@@ -491,9 +483,9 @@ impl Live {
         let now = process::monotonic_ns();
         let mut record = empty_capture();
         let mut scratch = Scratch::default();
-        let walked = PyThread { state: thread.state, native_thread_id: known.native_thread_id };
-        walk_frames(&python.memory, python.interpreter.layout(), walked, &mut scratch, &mut record);
-        snapshot_request(&python.memory, python.interpreter.layout(), &mut scratch, &mut record.request);
+        let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
+        walk_frames(memory, &layout, thread.walked(), &mut scratch, &mut record);
+        snapshot_request(memory, &layout, &mut scratch, &mut record.request);
         record.header.tgid = pid;
         record.header.tid = tid;
         record.cause = CaptureCause::Wait as u32;
@@ -562,7 +554,7 @@ impl Live {
     /// What each target turned out to be, for the person at the terminal.
     pub fn describe(&self, pid: u32) -> String {
         match self.targets.get(&pid).and_then(|target| target.python.as_ref()) {
-            Some(python) => format!("CPython {}", python.interpreter.version()),
+            Some(python) => format!("CPython {}", python.interpreter.version),
             None => "no Python".to_owned(),
         }
     }
