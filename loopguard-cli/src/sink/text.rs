@@ -242,7 +242,7 @@ impl Look {
 impl Times {
     fn show(&self, ns: u64) -> String {
         match self {
-            Self::SinceStart { start_ns } => format!("{:>9.3} s", ns.saturating_sub(*start_ns) as f64 / 1e9),
+            Self::SinceStart { start_ns } => format!("+{:.3}s", ns.saturating_sub(*start_ns) as f64 / 1e9),
             Self::Local(clock) => clock.time_of_day(ns),
         }
     }
@@ -346,8 +346,9 @@ fn shortened(file: &str, current_dir: Option<&Path>) -> String {
         return below.to_owned();
     }
     match file.rmatch_indices('/').nth(PATH_COMPONENTS - 1) {
+        // At 0 nothing is left out, so the path stays absolute.
+        Some((0, _)) | None => file.to_owned(),
         Some((slash, _)) => file[slash + 1..].to_owned(),
-        None => file.to_owned(),
     }
 }
 
@@ -384,7 +385,7 @@ mod tests {
     #[test]
     fn a_block() {
         insta::assert_snapshot!(shown(look(), Update::Block(example::block())), @r"
-        |    1.235 s  52.3 ms  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022
+        |+1.235s  52.3 ms  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022
         |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
         |    from api/items.py:12 read_item
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
@@ -398,7 +399,7 @@ mod tests {
         let look = Look { style: Style::Ansi, times: Times::Local(clock), current_dir: None };
         insta::assert_snapshot!(shown(look, Update::Block(example::block())).replace('\x1b', "ESC"), @r"
         |21:13:21.234  ESC[1m52.3 msESC[0m  ESC[1mGET /items/7ESC[0m (route /items/{id}) id=abc-123 client 10.0.0.9:41022
-        |    at srv/shop/store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
+        |    at /srv/shop/store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
         |    from shop/api/items.py:12 read_item
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GILESC[2m  [uvicorn 1235]ESC[0m
         |    waited 49.9 ms in recvfrom on 127.0.0.1:5432, 0.50 ms in futex
@@ -420,16 +421,16 @@ mod tests {
             told(request, Attribution::Inferred, example::stack()),
         ];
         insta::assert_snapshot!(told.concat(), @r"
-        |    1.235 s  52.3 ms  no request: task gt-background-blocker
+        |+1.235s  52.3 ms  no request: task gt-background-blocker
         |    in site-packages/orjson/core.py:5 dumps, no user code on the stack
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
-        |    1.235 s  52.3 ms  no request: a callback, or the loop itself  (inferred)
+        |+1.235s  52.3 ms  no request: a callback, or the loop itself  (inferred)
         |    line unknown: no stack was captured
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
-        |    1.235 s  52.3 ms  request unknown: nothing was captured while it ran
+        |+1.235s  52.3 ms  request unknown: nothing was captured while it ran
         |    line unknown: no stack was captured
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
-        |    1.235 s  52.3 ms  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022  (inferred)
+        |+1.235s  52.3 ms  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022  (inferred)
         |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
         |    from api/items.py:12 read_item
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
@@ -439,7 +440,7 @@ mod tests {
     #[test]
     fn a_block_that_goes_on() {
         insta::assert_snapshot!(shown(look(), Update::Ongoing(example::ongoing())), @r"
-        |    3.235 s  still blocked after 2.00 s  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022  [uvicorn 1235]
+        |+3.235s  still blocked after 2.00 s  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022  [uvicorn 1235]
         |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
         |    from api/items.py:12 read_item
         ");
@@ -451,7 +452,7 @@ mod tests {
         assert!(told.len() < 4000, "bounded");
         assert!(!told.chars().any(|char| char != '\n' && super::super::escape::is_dangerous(char)));
         insta::assert_snapshot!(told.replace(&"x".repeat(100), "(100 x)"), @r#"
-        |    1.235 s  52.3 ms  GET /\x1b]0;owned\x07\x0d\x0a{"type":"block"}\u{202e}txt.exe\u{9b}31m(100 x)xxxxxxxxxxxxxxxxxxx… (route /items/{id}) id=id\x0averdict:\x20host client 10.0.0.9:41022
+        |+1.235s  52.3 ms  GET /\x1b]0;owned\x07\x0d\x0a{"type":"block"}\u{202e}txt.exe\u{9b}31m(100 x)xxxxxxxxxxxxxxxxxxx… (route /items/{id}) id=id\x0averdict:\x20host client 10.0.0.9:41022
         |    at \u{2066}evil\u{2069}.py\x09:3 f\x0auser code
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [w\x1b[2J 1235]
         |    waited 49.9 ms in recvfrom on sock\u{2028}et, 0.50 ms in futex
@@ -516,6 +517,7 @@ mod tests {
         check("/srv/shopping/app/api/views.py", "app/api/views.py");
         check("/usr/lib/python3.12/asyncio/events.py", "python3.12/asyncio/events.py");
         check("/a.py", "/a.py");
+        check("/srv/app/main.py", "/srv/app/main.py");
         check("<frozen importlib>", "<frozen importlib>");
         check("/srv/shop", "/srv/shop");
     }
