@@ -156,3 +156,196 @@ fn time(text: &str) -> Result<Duration, String> {
     let whole_ns = whole_ns.ok_or_else(|| "that is too long".to_owned())?;
     Ok(Duration::from_nanos(whole_ns.saturating_add(decimals_ns as u64)))
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        Args::try_parse_from(line.split(' ')).map(|args| args.command)
+    }
+
+    /// The error without the advice below it; it must also be a matter of usage: exit code 2.
+    fn error(line: &str) -> String {
+        let error = parse(line).expect_err(line);
+        assert_eq!(error.exit_code(), 2);
+        error.to_string().split("\n\n").next().unwrap_or_default().to_owned()
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn attach_with_nothing_but_a_process() {
+        let expected = Attach {
+            pids: vec![12],
+            threshold: Duration::from_millis(50),
+            duration: None,
+            steps: Steps::Auto,
+            format: Format::Text,
+            output: None,
+            fail_on_blocking: false,
+            debug_bpf: false,
+        };
+        assert_eq!(parse("loopguard attach --pid 12").unwrap(), Command::Attach(expected));
+    }
+
+    #[test]
+    fn attach_with_everything() {
+        let line = "loopguard attach --pid 12 --pid 13 --threshold 10ms --duration 1.5m --steps off --format jsonl \
+                    --output out.jsonl --fail-on-blocking --debug-bpf";
+        let expected = Attach {
+            pids: vec![12, 13],
+            threshold: Duration::from_millis(10),
+            duration: Some(Duration::from_secs(90)),
+            steps: Steps::Off,
+            format: Format::Jsonl,
+            output: Some(PathBuf::from("out.jsonl")),
+            fail_on_blocking: true,
+            debug_bpf: true,
+        };
+        assert_eq!(parse(line).unwrap(), Command::Attach(expected));
+    }
+
+    #[test]
+    fn doctor_with_and_without_a_process() {
+        assert_eq!(parse("loopguard doctor").unwrap(), Command::Doctor(Doctor { pid: None }));
+        assert_eq!(parse("loopguard doctor --pid 1").unwrap(), Command::Doctor(Doctor { pid: Some(1) }));
+    }
+
+    #[test]
+    fn wrong_values_are_one_clear_sentence() {
+        let errors = [
+            error("loopguard attach"),
+            error("loopguard attach --pid 0"),
+            error("loopguard attach --pid uvicorn"),
+            error("loopguard attach --pid 99999999999999999999"),
+            error("loopguard attach --pid 1 --threshold 50"),
+            error("loopguard attach --pid 1 --threshold 999us"),
+            error("loopguard attach --pid 1 --threshold 61s"),
+            error("loopguard attach --pid 1 --threshold -5ms"),
+            error("loopguard attach --pid 1 --threshold --duration 5s"),
+            error("loopguard attach --pid 1 --duration soon"),
+            error("loopguard attach --pid 1 --duration 31d"),
+            error("loopguard attach --pid 1 --format tui"),
+            error("loopguard watch"),
+        ];
+        insta::assert_snapshot!(errors.join("\n"), @r"
+        error: the following required arguments were not provided:
+          --pid <PID>
+        error: invalid value '0' for '--pid <PID>': a process id is a number from 1 to 4194304
+        error: invalid value 'uvicorn' for '--pid <PID>': a process id is a number from 1 to 4194304
+        error: invalid value '99999999999999999999' for '--pid <PID>': a process id is a number from 1 to 4194304
+        error: invalid value '50' for '--threshold <TIME>': a unit is missing: is it 50ms or 50s?
+        error: invalid value '999us' for '--threshold <TIME>': a threshold is between 1ms and 60s
+        error: invalid value '61s' for '--threshold <TIME>': a threshold is between 1ms and 60s
+        error: unexpected argument '-5' found
+        error: a value is required for '--threshold <TIME>' but none was supplied
+        error: invalid value 'soon' for '--duration <TIME>': a time is a number and a unit (us, ms, s, m, h, d), like 50ms
+        error: invalid value '31d' for '--duration <TIME>': a duration is between 100ms and 30d
+        error: invalid value 'tui' for '--format <FORMAT>'
+          [possible values: text, jsonl]
+        error: unrecognized subcommand 'watch'
+        ");
+    }
+
+    #[test]
+    fn times() {
+        let ok = |text, ns| assert_eq!(time(text), Ok(Duration::from_nanos(ns)), "{text}");
+        ok("50ms", 50_000_000);
+        ok("50 ms", 50_000_000);
+        ok("1.5s", 1_500_000_000);
+        ok("0.25us", 250);
+        ok("7ns", 7);
+        ok("2m", 120_000_000_000);
+        ok("1h", 3_600_000_000_000);
+        ok("1.000000000000000000000000000000s", 1_000_000_000);
+        for wrong in
+            ["", "ms", ".5s", "5.s", "1.2.3s", "-1s", "1e3s", "5 parsecs", "5ms5", "٣s", "99999999999999999999s"]
+        {
+            assert!(time(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn help() {
+        let help = |name: &str| {
+            let mut command = Args::command();
+            command.build();
+            let help = command.find_subcommand_mut(name).unwrap().render_long_help().to_string();
+            help.lines().map(|line| format!("{}\n", line.trim_end())).collect::<String>()
+        };
+        insta::assert_snapshot!(help("attach"), @r"
+        Watches running processes and tells every block of their event loops.
+
+        A block is one uninterrupted stretch in which one owner kept the event loop from running, at least as long as the threshold. Each one comes with the request (method, path, route, id, client), the line of your code nearest to where the time went, and the time itself: on the CPU, waiting, waiting for the GIL, or ready to run without a CPU. How the request is known is said too: exactly, inferred, or not at all.
+
+        Ctrl-C, --duration and the end of the target all end with the same summary.
+
+        Usage: loopguard attach [OPTIONS] --pid <PID>
+
+        Options:
+              --pid <PID>
+                  Process to watch; give it several times for several processes
+
+              --threshold <TIME>
+                  How long one owner must hold the loop to be reported, 1ms to 60s
+
+                  [default: 50ms]
+
+              --duration <TIME>
+                  Stop after this time, 100ms to 30d [default: until Ctrl-C or the end of the target]
+
+              --steps <STEPS>
+                  How the steps of tasks are told apart
+
+                  Possible values:
+                  - auto: Mark every step with a probe where that is possible: owners are exact, at about 0.5 us a step
+                  - off:  No probes: a tick with several owners is cut where captures see the owner change, and owners are inferred
+
+                  [default: auto]
+
+              --format <FORMAT>
+                  What the output looks like
+
+                  Possible values:
+                  - text:  A few lines per block, for people
+                  - jsonl: One JSON object per line, for programs
+
+                  [default: text]
+
+              --output <FILE>
+                  Write to this file instead of standard output
+
+              --fail-on-blocking
+                  Exit with 1 when a block was found
+
+              --debug-bpf
+                  Print the log of the kernel programs to standard error
+
+          -h, --help
+                  Print help (see a summary with '-h')
+
+        Exit codes:
+          0  nothing to complain about
+          1  a block was found, and --fail-on-blocking was given
+          2  loopguard could not do its job (it saw no event loop, for one)
+        ");
+        insta::assert_snapshot!(help("doctor"), @r"
+        Says what works on this machine and for one process, what does not, and what to do about it
+
+        Usage: loopguard doctor [OPTIONS]
+
+        Options:
+              --pid <PID>
+                  Process to look at; without it, only the machine is checked
+
+          -h, --help
+                  Print help
+        ");
+    }
+}

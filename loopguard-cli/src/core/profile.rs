@@ -542,9 +542,11 @@ mod tests {
                 prop_assert_eq!(sum(&part.split), part.duration_ns());
             }
             let total = |of: fn(&Split) -> u64| parts.iter().map(|part| of(&part.split)).sum::<u64>();
-            prop_assert_eq!(total(|split| split.waiting_ns), off_cpu.waiting_ns);
-            prop_assert_eq!(total(|split| split.gil_ns), off_cpu.gil_ns);
-            prop_assert_eq!(total(|split| split.run_queue_ns), off_cpu.run_queue_ns);
+            // Interpolated totals are whole nanoseconds: a cut may move a few of them from one kind to another.
+            let rounding = 4 * parts.len() as u64;
+            prop_assert!(total(|split| split.waiting_ns).abs_diff(off_cpu.waiting_ns) <= rounding);
+            prop_assert!(total(|split| split.gil_ns).abs_diff(off_cpu.gil_ns) <= rounding);
+            prop_assert!(total(|split| split.run_queue_ns).abs_diff(off_cpu.run_queue_ns) <= rounding);
         }
 
         /// Records can be lost, late, out of order or nonsense: never a panic, never a part outside its step.

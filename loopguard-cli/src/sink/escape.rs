@@ -6,19 +6,27 @@ use std::fmt::{self, Display, Write};
 pub const MAX_CHARS: usize = 160;
 
 /// Shows at most [`MAX_CHARS`] characters, with [dangerous](is_dangerous) ones escaped.
-pub fn printable(text: &str) -> Printable<'_> {
-    Printable(text)
+pub fn printable(text: &str) -> Escaped<'_> {
+    Escaped { text, must_escape: is_dangerous }
 }
 
-pub struct Printable<'a>(&'a str);
+/// [`printable`], and spaces escaped too: for what stands in a line of several words and must not forge its neighbours.
+pub fn word(text: &str) -> Escaped<'_> {
+    Escaped { text, must_escape: |char| char.is_whitespace() || is_dangerous(char) }
+}
 
-impl Display for Printable<'_> {
+pub struct Escaped<'a> {
+    text: &'a str,
+    must_escape: fn(char) -> bool,
+}
+
+impl Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (shown, char) in self.0.chars().enumerate() {
+        for (shown, char) in self.text.chars().enumerate() {
             if shown == MAX_CHARS {
                 return f.write_char('…');
             }
-            if !is_dangerous(char) {
+            if !(self.must_escape)(char) {
                 f.write_char(char)?;
             } else if char.is_ascii() {
                 write!(f, "\\x{:02x}", u32::from(char))?;
@@ -60,6 +68,11 @@ mod tests {
         check("\x1b[2J\x07\r\n\t\0\x7f", r"\x1b[2J\x07\x0d\x0a\x09\x00\x7f");
         check("\u{9b}31m", r"\u{9b}31m");
         check("a\u{202e}b\u{2066}c\u{2069}d\u{2028}e\u{200b}f", r"a\u{202e}b\u{2066}c\u{2069}d\u{2028}e\u{200b}f");
+    }
+
+    #[test]
+    fn a_word_is_one_word() {
+        assert_eq!(word("/a (route /b)\u{a0}id=1").to_string(), r"/a\x20(route\x20/b)\u{a0}id=1");
     }
 
     #[test]

@@ -240,7 +240,7 @@ impl<'a> SummaryObject<'a> {
         let measured = &summary.measured;
         Self {
             r#type: "summary",
-            duration_s: ms(measured.duration.as_micros() as u64),
+            duration_s: (measured.duration.as_secs_f64() * 1e3).round() / 1e3,
             ticks: summary.ticks(),
             blocks: summary.total.blocks,
             blocked_ms: ms(summary.total.blocked_ns),
@@ -286,5 +286,122 @@ impl Formatter for SafeStrings {
             rest = &rest[at + char.len_utf8()..];
         }
         self.0.write_string_fragment(out, rest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::example;
+    use super::*;
+
+    fn shown(update: Update) -> String {
+        let mut out = Vec::new();
+        JsonLines::new(&mut out).update(&update).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    /// A few fields a line, to be read beside the format's description.
+    fn by_field(line: &str) -> String {
+        assert_eq!(line.find('\n'), Some(line.len() - 1), "one line");
+        let _: serde_json::Value = serde_json::from_str(line).unwrap();
+        let starts =
+            ["\"pid\"", "\"on_cpu_ms\"", "\"waits\"", "\"attribution\"", "\"requests\"", "\"task\"", "\"stack\""];
+        let lines = starts.iter().fold(line.to_owned(), |line, start| line.replace(start, &format!("\n{start}")));
+        lines.replace("{\"kind\"", "\n  {\"kind\"").replace("\"threads\"", "\n\"threads\"")
+    }
+
+    #[test]
+    fn a_block() {
+        insta::assert_snapshot!(by_field(&shown(Update::Block(example::block()))), @r#"
+        {"type":"block","event":"single","t_start_ns":1234567890,"t_end_ns":1286913568,"duration_ms":52.346,"threshold_ms":50.0,
+        "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop",
+        "on_cpu_ms":1.846,"waiting_ms":50.0,"gil_ms":0.4,"run_queue_ms":0.1,"verdict":"code",
+        "waits":[{"syscall":"recvfrom","on":"127.0.0.1:5432","ms":49.9},{"syscall":"futex","on":null,"ms":0.5}],
+        "attribution":"exact","how":"asgi-frame",
+        "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":52.346}],
+        "task":null,"victims":null,"hint":null,
+        "stack":[
+          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null},
+          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228},
+          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41},
+          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12},
+          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88}]}
+        "#);
+    }
+
+    #[test]
+    fn a_block_of_no_request() {
+        let mut block = example::block();
+        block.blame.owner = crate::core::event::Owner::NoRequest { task: Some("sweeper".to_owned()) };
+        block.blame.stack = Default::default();
+        block.waits.clear();
+        let object: serde_json::Value = serde_json::from_str(&shown(Update::Block(block))).unwrap();
+        insta::assert_snapshot!(
+            ["attribution", "how", "requests", "task", "waits", "stack"]
+                .map(|field| format!("{field}: {}", object[field]))
+                .join("\n"),
+            @r#"
+        attribution: "exact"
+        how: "none"
+        requests: []
+        task: "sweeper"
+        waits: []
+        stack: []
+        "#
+        );
+    }
+
+    #[test]
+    fn a_block_that_goes_on() {
+        insta::assert_snapshot!(by_field(&shown(Update::Ongoing(example::ongoing()))), @r#"
+        {"type":"ongoing","t_start_ns":1234567890,"age_ms":2000.0,"threshold_ms":50.0,
+        "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop",
+        "attribution":"exact","how":"asgi-frame",
+        "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":2000.0}],
+        "task":null,
+        "stack":[
+          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null},
+          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228},
+          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41},
+          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12},
+          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88}]}
+        "#);
+    }
+
+    #[test]
+    fn a_summary() {
+        let mut out = Vec::new();
+        JsonLines::new(&mut out).finish(&example::summary()).unwrap();
+        insta::assert_snapshot!(by_field(&String::from_utf8(out).unwrap()), @r#"
+        {"type":"summary","duration_s":30.0,"ticks":48211,"blocks":12,"blocked_ms":1240.0,"lost_records":0,"unsymbolized":2,"self_cpu_ms":210.4,
+        "threads":[{
+        "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop","ticks":48211,"blocks":12,"blocked_ms":1240.0}]}
+        "#);
+    }
+
+    #[test]
+    fn hostile_names_are_escaped_and_come_back_whole() {
+        let block = example::hostile_block();
+        let line = shown(Update::Block(block.clone()));
+        assert!(!line.trim_end_matches('\n').chars().any(is_dangerous));
+        let object: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let request = block.blame.request().unwrap();
+        assert_eq!(object["requests"][0]["path"], request.path);
+        assert_eq!(object["requests"][0]["id"], request.id);
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let error = JsonLines::new(Full).update(&Update::Block(example::block())).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
     }
 }

@@ -9,6 +9,9 @@ pub mod escape;
 pub mod jsonl;
 pub mod text;
 
+#[cfg(test)]
+mod example;
+
 pub trait Sink {
     /// Shows one update. An error means that nothing more can be shown (disk full, reader of a pipe gone).
     fn update(&mut self, update: &Update) -> io::Result<()>;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Sink;
-use super::escape::printable;
+use super::escape::{printable, word};
 use crate::core::event::{Frame, LoopInfo, Origin, Owner, RequestFacts};
 use crate::core::incident::{Attribution, Blame, Incident, Ongoing, Split, Update, Verdict, WaitTotal};
 use crate::core::summary::{LineLabel, RouteLabel, Summary, ThreadTotal, Total};
@@ -14,6 +14,8 @@ use crate::core::summary::{LineLabel, RouteLabel, Summary, ThreadTotal, Total};
 /// Rows of a table in the summary, waits of a block.
 const MAX_ROWS: usize = 10;
 const MAX_WAITS: usize = 3;
+/// A shorter wait explains no block.
+const MIN_WAIT_NS: u64 = 100_000;
 /// What is left of a path outside the current directory.
 const PATH_COMPONENTS: usize = 3;
 
@@ -84,8 +86,9 @@ impl Look {
         let duration = self.bold(format_args!("{at_least}{}", span(incident.duration_ns())));
         let mut text = format!("{time}  {duration}  {}\n", self.owner(&incident.blame));
         text += &self.place(&incident.blame);
-        text += &format!("    {}: {}", self.verdict(incident.verdict()), parts(&incident.split));
-        text += &self.dim(format_args!("  [{}]\n", thread(&incident.on)));
+        text += &format!("    {}: {}", verdict(incident.verdict()), parts(&incident.split));
+        text += &self.dim(format_args!("  [{}]", thread(&incident.on)));
+        text.push('\n');
         text += &waits(&incident.waits);
         text
     }
@@ -113,13 +116,13 @@ impl Look {
 
     fn request(&self, request: &RequestFacts) -> String {
         let method = request.method.as_deref().unwrap_or("?");
-        let mut text = self.bold(format_args!("{} {}", printable(method), printable(&request.path)));
+        let mut text = self.bold(format_args!("{} {}", word(method), word(&request.path)));
         if let Some(route) = &request.route {
-            text += &format!(" (route {})", printable(route));
+            text += &format!(" (route {})", word(route));
         }
-        text += &format!(" id={}", printable(&request.id));
+        text += &format!(" id={}", word(&request.id));
         if let Some(client) = &request.client {
-            text += &format!(" client {}", printable(client));
+            text += &format!(" client {}", word(client));
         }
         text
     }
@@ -163,15 +166,6 @@ impl Look {
         printable(&shortened(file, self.current_dir.as_deref())).to_string()
     }
 
-    fn verdict(&self, verdict: Verdict) -> &'static str {
-        match verdict {
-            Verdict::Code => "code",
-            Verdict::Host => "host (no CPU free)",
-            Verdict::Gil => "gil (another thread held it)",
-            Verdict::Unknown => "verdict unknown",
-        }
-    }
-
     fn summary(&self, summary: &Summary) -> String {
         let measured = &summary.measured;
         let watched = span(measured.duration.as_nanos() as u64);
@@ -185,14 +179,11 @@ impl Look {
             more => format!("{more} blocks"),
         };
         let headline = self.bold(format_args!("{verdict} of {} or longer", span(summary.threshold_ns)));
-        let mut text = format!("\nWatched for {watched}, {} ticks: {headline}", summary.ticks());
+        let in_all = if blocks > 0 { format!(", {} in all", span(blocked_ns)) } else { String::new() };
+        let mut text = format!("\nWatched for {watched}, {} ticks: {headline}{in_all}\n", summary.ticks());
         if blocks > 0 {
-            text += &format!(", {} in all", span(blocked_ns));
-            text += "\n";
             text += &self.table("by route", &summary.routes, route);
             text += &self.table("by line", &summary.lines, |label| self.line(label));
-        } else {
-            text += "\n";
         }
         let threads: Vec<_> = summary.threads.iter().map(|thread| (thread, thread.total)).collect();
         text += &self.table("by thread", &threads, |counted| thread_total(counted));
@@ -206,14 +197,14 @@ impl Look {
     }
 
     fn table<L>(&self, title: &str, rows: &[(L, Total)], name: impl Fn(&L) -> String) -> String {
-        let head = format!("{:>8}  {:>10}  {:>10}  {title}", "blocks", "blocked", "longest");
-        let mut text = format!("{}\n", self.dim(format_args!("{head}")));
+        let head = format_args!("{:>8}  {:>10}  {:>10}  {title}", "blocks", "blocked", "longest");
+        let mut text = self.dim(head) + "\n";
         for (label, total) in rows.iter().take(MAX_ROWS) {
             let (blocked, longest) = (span(total.blocked_ns), span(total.longest_ns));
             text += &format!("{:>8}  {blocked:>10}  {longest:>10}  {}\n", total.blocks, name(label));
         }
         if rows.len() > MAX_ROWS {
-            text += &format!("{:>8}  {:>10}  {:>10}  and {} more\n", "", "", "", rows.len() - MAX_ROWS);
+            text += &format!("{:>34}and {} more\n", "", rows.len() - MAX_ROWS);
         }
         text
     }
@@ -251,7 +242,7 @@ impl Look {
 impl Times {
     fn show(&self, ns: u64) -> String {
         match self {
-            Self::SinceStart { start_ns } => format!("{:>9.3} s", ns.saturating_sub(*start_ns) as f64 / 1e9),
+            Self::SinceStart { start_ns } => format!("+{:.3}s", ns.saturating_sub(*start_ns) as f64 / 1e9),
             Self::Local(clock) => clock.time_of_day(ns),
         }
     }
@@ -277,7 +268,8 @@ fn span(ns: u64) -> impl Display {
                 0 => format!("{ms:.2} ms"),
                 1..100 => format!("{ms:.1} ms"),
                 100..1000 => format!("{ms:.0} ms"),
-                1000..60_000 => format!("{:.2} s", ms / 1e3),
+                1000..10_000 => format!("{:.2} s", ms / 1e3),
+                10_000..60_000 => format!("{:.1} s", ms / 1e3),
                 60_000..3_600_000 => format!("{:.1} min", ms / 60e3),
                 _ => format!("{:.1} h", ms / 3600e3),
             };
@@ -285,6 +277,15 @@ fn span(ns: u64) -> impl Display {
         }
     }
     Span(ns)
+}
+
+fn verdict(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Code => "code",
+        Verdict::Host => "host (no CPU free)",
+        Verdict::Gil => "gil (another thread held it)",
+        Verdict::Unknown => "no clear cause",
+    }
 }
 
 /// Where the time went, without the parts too short to show.
@@ -295,16 +296,19 @@ fn parts(split: &Split) -> String {
         (split.gil_ns, "for the GIL"),
         (split.run_queue_ns, "for a CPU"),
     ];
-    let total: u64 = parts.iter().map(|(ns, _)| ns).sum();
-    let shown: Vec<String> =
-        parts.iter().filter(|(ns, _)| *ns * 200 >= total).map(|(ns, name)| format!("{} {name}", span(*ns))).collect();
+    let worth_showing = parts.iter().map(|(ns, _)| ns / 200).sum();
+    let shown: Vec<String> = parts
+        .iter()
+        .filter(|(ns, _)| *ns > 0 && *ns >= worth_showing)
+        .map(|(ns, name)| format!("{} {name}", span(*ns)))
+        .collect();
     shown.join(", ")
 }
 
 fn waits(waits: &[WaitTotal]) -> String {
     let shown: Vec<String> = waits
         .iter()
-        .filter(|wait| wait.ns >= 100_000)
+        .filter(|wait| wait.ns >= MIN_WAIT_NS)
         .take(MAX_WAITS)
         .map(|wait| {
             let on = wait.on.as_ref().map(|on| format!(" on {}", printable(on))).unwrap_or_default();
@@ -327,7 +331,7 @@ fn thread_total(counted: &ThreadTotal) -> String {
 fn route(label: &RouteLabel) -> String {
     match label {
         RouteLabel::Route { method, route } => {
-            format!("{} {}", printable(method.as_deref().unwrap_or("?")), printable(route))
+            format!("{} {}", word(method.as_deref().unwrap_or("?")), word(route))
         }
         RouteLabel::NoRequest => "(no request)".to_owned(),
         RouteLabel::Unknown => "(request unknown)".to_owned(),
@@ -342,7 +346,188 @@ fn shortened(file: &str, current_dir: Option<&Path>) -> String {
         return below.to_owned();
     }
     match file.rmatch_indices('/').nth(PATH_COMPONENTS - 1) {
+        // At 0 nothing is left out, so the path stays absolute.
+        Some((0, _)) | None => file.to_owned(),
         Some((slash, _)) => file[slash + 1..].to_owned(),
-        None => file.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::example;
+    use super::*;
+
+    fn look() -> Look {
+        Look {
+            style: Style::Plain,
+            times: Times::SinceStart { start_ns: 0 },
+            current_dir: Some(PathBuf::from("/srv/shop")),
+        }
+    }
+
+    fn shown(look: Look, update: Update) -> String {
+        let mut out = Vec::new();
+        Text::new(&mut out, look).update(&update).unwrap();
+        lines(out)
+    }
+
+    /// Marks where lines begin, so that a snapshot keeps their indentation.
+    fn lines(out: Vec<u8>) -> String {
+        String::from_utf8(out).unwrap().lines().map(|line| format!("|{line}\n")).collect()
+    }
+
+    fn summed_up(summary: &Summary) -> String {
+        let mut out = Vec::new();
+        Text::new(&mut out, look()).finish(summary).unwrap();
+        lines(out)
+    }
+
+    #[test]
+    fn a_block() {
+        insta::assert_snapshot!(shown(look(), Update::Block(example::block())), @r"
+        |+1.235s  52.3 ms  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022
+        |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
+        |    from api/items.py:12 read_item
+        |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
+        |    waited 49.9 ms in recvfrom on 127.0.0.1:5432, 0.50 ms in futex
+        ");
+    }
+
+    #[test]
+    fn a_block_in_colour_at_local_time() {
+        let clock = WallClock { monotonic_ns: 0, unix: Duration::from_secs(1_700_000_000), utc_offset_s: -3600 };
+        let look = Look { style: Style::Ansi, times: Times::Local(clock), current_dir: None };
+        insta::assert_snapshot!(shown(look, Update::Block(example::block())).replace('\x1b', "ESC"), @r"
+        |21:13:21.234  ESC[1m52.3 msESC[0m  ESC[1mGET /items/7ESC[0m (route /items/{id}) id=abc-123 client 10.0.0.9:41022
+        |    at /srv/shop/store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
+        |    from shop/api/items.py:12 read_item
+        |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GILESC[2m  [uvicorn 1235]ESC[0m
+        |    waited 49.9 ms in recvfrom on 127.0.0.1:5432, 0.50 ms in futex
+        ");
+    }
+
+    #[test]
+    fn how_well_the_owner_is_known_is_said() {
+        let told = |owner, attribution, stack| {
+            let blame = Blame { owner, attribution, stack };
+            shown(look(), Update::Block(Incident { blame, waits: Vec::new(), ..example::block() }))
+        };
+        let task = Some("gt-background-blocker".to_owned());
+        let request = example::block().blame.owner;
+        let told = [
+            told(Owner::NoRequest { task }, Attribution::Exact, example::library_stack()),
+            told(Owner::NoRequest { task: None }, Attribution::Inferred, Default::default()),
+            told(Owner::Unknown("nothing was captured while it ran"), Attribution::Unknown, Default::default()),
+            told(request, Attribution::Inferred, example::stack()),
+        ];
+        insta::assert_snapshot!(told.concat(), @r"
+        |+1.235s  52.3 ms  no request: task gt-background-blocker
+        |    in site-packages/orjson/core.py:5 dumps, no user code on the stack
+        |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
+        |+1.235s  52.3 ms  no request: a callback, or the loop itself  (inferred)
+        |    line unknown: no stack was captured
+        |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
+        |+1.235s  52.3 ms  request unknown: nothing was captured while it ran
+        |    line unknown: no stack was captured
+        |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
+        |+1.235s  52.3 ms  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022  (inferred)
+        |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
+        |    from api/items.py:12 read_item
+        |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
+        ");
+    }
+
+    #[test]
+    fn a_block_that_goes_on() {
+        insta::assert_snapshot!(shown(look(), Update::Ongoing(example::ongoing())), @r"
+        |+3.235s  still blocked after 2.00 s  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022  [uvicorn 1235]
+        |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
+        |    from api/items.py:12 read_item
+        ");
+    }
+
+    #[test]
+    fn hostile_names_stay_on_their_line() {
+        let told = shown(look(), Update::Block(example::hostile_block()));
+        assert!(told.len() < 4000, "bounded");
+        assert!(!told.chars().any(|char| char != '\n' && super::super::escape::is_dangerous(char)));
+        insta::assert_snapshot!(told.replace(&"x".repeat(100), "(100 x)"), @r#"
+        |+1.235s  52.3 ms  GET /\x1b]0;owned\x07\x0d\x0a{"type":"block"}\u{202e}txt.exe\u{9b}31m(100 x)xxxxxxxxxxxxxxxxxxx… (route /items/{id}) id=id\x0averdict:\x20host client 10.0.0.9:41022
+        |    at \u{2066}evil\u{2069}.py\x09:3 f\x0auser code
+        |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [w\x1b[2J 1235]
+        |    waited 49.9 ms in recvfrom on sock\u{2028}et, 0.50 ms in futex
+        "#);
+    }
+
+    #[test]
+    fn a_summary() {
+        insta::assert_snapshot!(summed_up(&example::summary()), @r"
+        |
+        |Watched for 30.0 s, 48211 ticks: 12 blocks of 50 ms or longer, 1.24 s in all
+        |  blocks     blocked     longest  by route
+        |      10      1.10 s      181 ms  GET /items/{id}
+        |       2      140 ms       75 ms  (no request)
+        |  blocks     blocked     longest  by line
+        |      11      1.18 s      181 ms  store.py:41 Store.load, calling wait
+        |       1       60 ms       60 ms  (no user code on the stack)
+        |  blocks     blocked     longest  by thread
+        |      12      1.24 s      181 ms  uvicorn 1235 (pid 1234, uvloop), 48211 ticks
+        |  lost records: 0, frames without a name: 2, CPU time of loopguard: 210 ms
+        ");
+    }
+
+    #[test]
+    fn a_summary_of_nothing() {
+        let mut quiet =
+            Summary { total: Total::default(), routes: Vec::new(), lines: Vec::new(), ..example::summary() };
+        quiet.threads[0].total = Total::default();
+        let blind = Summary { threads: Vec::new(), ..quiet.clone() };
+        insta::assert_snapshot!(summed_up(&quiet) + &summed_up(&blind), @r"
+        |
+        |Watched for 30.0 s, 48211 ticks: no block of 50 ms or longer
+        |  blocks     blocked     longest  by thread
+        |       0        0 ms        0 ms  uvicorn 1235 (pid 1234, uvloop), 48211 ticks
+        |  lost records: 0, frames without a name: 2, CPU time of loopguard: 210 ms
+        |
+        |Watched for 30.0 s: saw no event loop, so this says nothing about blocking.
+        ");
+    }
+
+    #[test]
+    fn long_tables_are_cut() {
+        let label = |index| RouteLabel::Route { method: None, route: format!("/{index}") };
+        let routes = (0..200).map(|index| (label(index), Total { blocks: 1, blocked_ns: 1, longest_ns: 1 })).collect();
+        let text = summed_up(&Summary { routes, ..example::summary() });
+        assert!(text.contains("and 190 more\n"), "{text}");
+    }
+
+    #[test]
+    fn durations() {
+        let shown: Vec<String> =
+            [0, 40_000, 5_250_000, 50_000_000, 523_456_789, 1_234_567_890, 90_000_000_000, 7_200_000_000_000]
+                .map(|ns| span(ns).to_string())
+                .into();
+        assert_eq!(shown, ["0 ms", "0.04 ms", "5.2 ms", "50 ms", "523 ms", "1.23 s", "1.5 min", "2.0 h"]);
+    }
+
+    #[test]
+    fn files_are_shortened() {
+        let check = |file: &str, expected: &str| assert_eq!(shortened(file, Some(Path::new("/srv/shop"))), expected);
+        check("/srv/shop/app/api/items/views.py", "app/api/items/views.py");
+        check("/srv/shopping/app/api/views.py", "app/api/views.py");
+        check("/usr/lib/python3.12/asyncio/events.py", "python3.12/asyncio/events.py");
+        check("/a.py", "/a.py");
+        check("/srv/app/main.py", "/srv/app/main.py");
+        check("<frozen importlib>", "<frozen importlib>");
+        check("/srv/shop", "/srv/shop");
+    }
+
+    #[test]
+    fn midnight_is_passed() {
+        let clock = WallClock { monotonic_ns: 5_000_000_000, unix: Duration::from_secs(86_399), utc_offset_s: 0 };
+        assert_eq!(clock.time_of_day(5_001_000_000), "23:59:59.001");
+        assert_eq!(clock.time_of_day(7_000_000_000), "00:00:01.000");
+        let east = WallClock { utc_offset_s: 7200, ..clock };
+        assert_eq!(east.time_of_day(0), "01:59:54.000");
     }
 }
