@@ -96,6 +96,11 @@ impl LoopClock {
         self.tick_start_ns != 0
     }
 
+    /// Of a thread in its poll: the next return from it begins a tick.
+    pub fn idle() -> Self {
+        Self { polling: 1, ..Self::default() }
+    }
+
     /// Off the CPU because it waits, not because it has none.
     pub fn is_waiting(&self) -> bool {
         self.state == WAITING || self.state == WAITING_GIL
@@ -278,7 +283,7 @@ mod tests {
     /// A thread's story, one edge a line: `time_ms what`. What comes out: one line for each ended step, with its
     /// start..end and its time off the CPU, and its waits.
     fn check(story: &str, expected: &[&str]) {
-        let mut clock = LoopClock { polling: 1, ..LoopClock::default() };
+        let mut clock = LoopClock::idle();
         let mut told = Vec::new();
         for line in story.lines().map(str::trim).filter(|line| !line.is_empty()) {
             let mut words = line.split_whitespace();

@@ -55,7 +55,8 @@ pub struct Kernel {
     ids: StdHashMap<u32, u32>,
     slots: Vec<Option<Tid>>,
     samplers: StdHashMap<Tid, PerfEventLinkId>,
-    step_probes: StdHashMap<(u32, StepProbe), UProbeLinkId>,
+    /// By process and program.
+    step_probes: StdHashMap<(u32, &'static str), UProbeLinkId>,
 }
 
 /// Where a thread that begins to be watched stands.
@@ -167,7 +168,7 @@ impl Kernel {
         let _ = self.layouts.remove(&pid);
         let _ = self.mark(pid, false);
         for which in [StepProbe::ContextRun, StepProbe::ContextEnter] {
-            if let Some(link) = self.step_probes.remove(&(pid, which))
+            if let Some(link) = self.step_probes.remove(&(pid, step_program(which)))
                 && let Some(program) = self.bpf.program_mut(step_program(which))
                 && let Ok(program) = <&mut UProbe>::try_from(program)
             {
@@ -182,7 +183,7 @@ impl Kernel {
             bail!("{MAX_THREADS} loop threads are watched already");
         };
         thread.slot = slot as u32;
-        let mut clock = LoopClock { polling: 1, ..LoopClock::default() };
+        let mut clock = LoopClock::idle();
         if let Standing::InTick(now) = standing {
             clock.begin_tick(now);
             clock.step_flags = STEP_CUT_AT_ATTACH;
@@ -225,13 +226,13 @@ impl Kernel {
 
     /// Marks the steps of a process's loops; once per process and kind of loop.
     pub fn attach_steps(&mut self, pid: u32, which: StepProbe, site: &ProbeSite) -> Result<()> {
-        if self.step_probes.contains_key(&(pid, which)) {
+        if self.step_probes.contains_key(&(pid, step_program(which))) {
             return Ok(());
         }
         let program: &mut UProbe = program_mut(&mut self.bpf, step_program(which))?.try_into()?;
         let scope = UProbeScope::OneProcess(NonZeroU32::new(pid).context("pid 0 is the kernel's")?);
         let link = program.attach(site.offset, &site.file, scope).context("attach the step probe")?;
-        self.step_probes.insert((pid, which), link);
+        self.step_probes.insert((pid, step_program(which)), link);
         Ok(())
     }
 

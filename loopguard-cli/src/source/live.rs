@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     os::fd::OwnedFd,
     sync::Arc,
 };
@@ -121,7 +122,10 @@ impl Live {
         let (kernel, records) = Kernel::load(Wanted { threshold_ns: options.threshold_ns, capture_age_ns })?;
         let mut live = Self {
             kernel,
-            records: AsyncFd::new(records).context("wait for the ring buffer")?,
+            // SAFETY: the ring buffer owns its descriptor and keeps it open as long as it lives.
+            records: unsafe { AsyncFd::register(records) }
+                .map_err(io::Error::from)
+                .context("wait for the ring buffer")?,
             options,
             targets: HashMap::new(),
             loops: HashMap::new(),
@@ -414,12 +418,15 @@ impl Live {
         if walk_status(record) == WalkStatus::NotThisThread || record.frame_count == 0 {
             return Owner::Unknown("its frames could not be read");
         }
+        if !python.interpreter.knows_asyncio() {
+            return Owner::Unknown("its current task could not be read");
+        }
         let Some(task) = python.inspector.current_task(&thread, record.task) else {
             return Owner::NoRequest { task: None };
         };
         match python.inspector.request_of_task(task.address) {
             Some(request) => Owner::Request { request: Arc::new(request), how: How::AsyncioTask },
-            None => Owner::NoRequest { task: Some(task.name) },
+            None => Owner::NoRequest { task: task.name.or(task.coroutine) },
         }
     }
 
