@@ -1,0 +1,335 @@
+//! Turns addresses of another process into bytes: live, while recording, or from a recording.
+//!
+//! Everything read is the target's own: it may change between two reads and may be hostile. Reads are exact (all bytes
+//! or a [`Fault`]), bounded, and never stop the target.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Mutex;
+
+use loopguard_common::walk::Memory;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use thiserror::Error;
+
+/// The most one read may ask for; nothing an interpreter keeps in one piece and loopguard looks at is larger.
+pub const MAX_READ: usize = 1 << 20;
+
+/// Why something in the target could not be read.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum Fault {
+    #[error("the process is gone")]
+    Gone,
+    #[error("no permission to read the process's memory (run as root, or with CAP_SYS_PTRACE)")]
+    Denied,
+    #[error("the process has no {length} readable bytes at {address:#x}")]
+    Unmapped { address: u64, length: usize },
+    #[error("what stands at {address:#x} is not {expected}")]
+    Unexpected { address: u64, expected: &'static str },
+}
+
+/// Exact reads of a target's memory, with the reason when one fails.
+pub trait TargetMemory: Memory {
+    /// Fills `to` from `address`.
+    fn read_exact(&self, address: u64, to: &mut [u8]) -> Result<(), Fault>;
+
+    /// `length` bytes at `address`, at most [`MAX_READ`].
+    fn bytes(&self, address: u64, length: usize) -> Result<Vec<u8>, Fault> {
+        if length > MAX_READ {
+            return Err(Fault::Unmapped { address, length });
+        }
+        let mut bytes = vec![0; length];
+        self.read_exact(address, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn u64(&self, address: u64) -> Result<u64, Fault> {
+        let mut bytes = [0; 8];
+        self.read_exact(address, &mut bytes)?;
+        Ok(u64::from_ne_bytes(bytes))
+    }
+
+    /// The word at `offset` of the struct at `base`.
+    fn field(&self, base: u64, offset: impl Into<u64>) -> Result<u64, Fault> {
+        self.u64(base.wrapping_add(offset.into()))
+    }
+
+    fn u32(&self, address: u64) -> Result<u32, Fault> {
+        let mut bytes = [0; 4];
+        self.read_exact(address, &mut bytes)?;
+        Ok(u32::from_ne_bytes(bytes))
+    }
+
+    fn u8(&self, address: u64) -> Result<u8, Fault> {
+        let mut bytes = [0; 1];
+        self.read_exact(address, &mut bytes)?;
+        Ok(bytes[0])
+    }
+
+    /// `count` machine words at `address`.
+    fn words(&self, address: u64, count: usize) -> Result<Vec<u64>, Fault> {
+        let bytes = self.bytes(address, count.saturating_mul(8))?;
+        Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word)).collect())
+    }
+
+    /// The NUL-terminated string at `address`, UTF-8-repaired, cut at `limit` bytes.
+    fn c_string(&self, address: u64, limit: usize) -> Result<String, Fault> {
+        let mut text = Vec::new();
+        let mut at = address;
+        while text.len() < limit {
+            // Short pieces that do not cross a page: what follows the string may not be there.
+            let piece = (64 - (at % 64) as usize).min(limit - text.len());
+            let bytes = self.bytes(at, piece)?;
+            if let Some(end) = bytes.iter().position(|&byte| byte == 0) {
+                text.extend_from_slice(&bytes[..end]);
+                break;
+            }
+            text.extend_from_slice(&bytes);
+            at = at.wrapping_add(piece as u64);
+        }
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+/// The memory of a live process, by `process_vm_readv(2)`: needs ptrace access to it, and stops nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct ProcessMemory {
+    pub pid: u32,
+}
+
+impl TargetMemory for ProcessMemory {
+    fn read_exact(&self, address: u64, to: &mut [u8]) -> Result<(), Fault> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: `to` is valid for writing its length.
+        let got = unsafe { read_process(self.pid, address, to.as_mut_ptr(), to.len()) };
+        if got == to.len() as isize {
+            return Ok(());
+        }
+        if got < 0 {
+            match io::Error::last_os_error().raw_os_error() {
+                Some(libc::ESRCH) => return Err(Fault::Gone),
+                Some(libc::EPERM) => return Err(Fault::Denied),
+                _ => {}
+            }
+        }
+        Err(Fault::Unmapped { address, length: to.len() })
+    }
+}
+
+impl Memory for ProcessMemory {
+    unsafe fn read_raw(&self, address: u64, to: *mut u8, length: usize) -> bool {
+        // SAFETY: the caller's promise.
+        unsafe { read_process(self.pid, address, to, length) == length as isize }
+    }
+}
+
+/// # Safety
+/// `to` must be valid for writing `length` bytes.
+unsafe fn read_process(pid: u32, address: u64, to: *mut u8, length: usize) -> isize {
+    let local = libc::iovec { iov_base: to.cast(), iov_len: length };
+    let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: length };
+    // SAFETY: `local` describes memory of ours, by the caller's promise; `remote` is only an address to the kernel.
+    unsafe { libc::process_vm_readv(pid as libc::pid_t, &local, 1, &remote, 1, 0) }
+}
+
+/// Hands reads on to another memory and remembers what came back.
+#[derive(Debug)]
+pub struct Recorder<M> {
+    memory: M,
+    seen: Mutex<BTreeMap<u64, Vec<u8>>>,
+}
+
+impl<M> Recorder<M> {
+    pub fn new(memory: M) -> Self {
+        Self { memory, seen: Mutex::default() }
+    }
+
+    /// All that was read so far.
+    pub fn recording(&self) -> RecordedMemory {
+        let seen = self.seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        RecordedMemory::from_pieces(seen.iter().map(|(&address, bytes)| (address, bytes.clone())))
+    }
+
+    fn remember(&self, address: u64, bytes: &[u8]) {
+        let mut seen = self.seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let known = seen.entry(address).or_default();
+        if known.len() <= bytes.len() {
+            *known = bytes.to_vec();
+        }
+    }
+}
+
+impl<M: TargetMemory> TargetMemory for Recorder<M> {
+    fn read_exact(&self, address: u64, to: &mut [u8]) -> Result<(), Fault> {
+        self.memory.read_exact(address, to)?;
+        self.remember(address, to);
+        Ok(())
+    }
+}
+
+impl<M: Memory> Memory for Recorder<M> {
+    unsafe fn read_raw(&self, address: u64, to: *mut u8, length: usize) -> bool {
+        // SAFETY: the caller's promise.
+        if !unsafe { self.memory.read_raw(address, to, length) } {
+            return false;
+        }
+        // SAFETY: just written, by a read that succeeded.
+        self.remember(address, unsafe { std::slice::from_raw_parts(to, length) });
+        true
+    }
+}
+
+/// Pieces of a process's memory as they once were. On disk: a list of `[address, bytes]`, both in hexadecimal.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RecordedMemory {
+    /// Neither overlapping nor touching.
+    pieces: BTreeMap<u64, Vec<u8>>,
+}
+
+impl RecordedMemory {
+    /// Joins pieces that overlap or touch; where they disagree, the one at the lower address wins.
+    pub fn from_pieces(pieces: impl IntoIterator<Item = (u64, Vec<u8>)>) -> Self {
+        let sorted: BTreeMap<u64, Vec<u8>> = pieces.into_iter().collect();
+        let mut joined: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
+        for (address, bytes) in sorted {
+            if let Some(mut last) = joined.last_entry() {
+                let overlap = (*last.key() + last.get().len() as u64).checked_sub(address);
+                if let Some(overlap) = overlap {
+                    let new = bytes.get(overlap as usize..).unwrap_or_default();
+                    last.get_mut().extend_from_slice(new);
+                    continue;
+                }
+            }
+            joined.insert(address, bytes);
+        }
+        Self { pieces: joined }
+    }
+
+    /// Bytes it holds.
+    pub fn size(&self) -> usize {
+        self.pieces.values().map(Vec::len).sum()
+    }
+
+    fn find(&self, address: u64, length: usize) -> Option<&[u8]> {
+        let (&start, bytes) = self.pieces.range(..=address).next_back()?;
+        let from = usize::try_from(address - start).ok()?;
+        bytes.get(from..from.checked_add(length)?)
+    }
+}
+
+impl TargetMemory for RecordedMemory {
+    fn read_exact(&self, address: u64, to: &mut [u8]) -> Result<(), Fault> {
+        let bytes = self.find(address, to.len()).ok_or(Fault::Unmapped { address, length: to.len() })?;
+        to.copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+impl Memory for RecordedMemory {
+    unsafe fn read_raw(&self, address: u64, to: *mut u8, length: usize) -> bool {
+        let Some(bytes) = self.find(address, length) else { return false };
+        // SAFETY: `bytes` has `length` bytes, and `to` takes as many.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, length) };
+        true
+    }
+}
+
+impl Serialize for RecordedMemory {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(self.pieces.iter().map(|(address, bytes)| {
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            (format!("{address:x}"), hex)
+        }))
+    }
+}
+
+impl<'de> Deserialize<'de> for RecordedMemory {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let pieces = Vec::<(String, String)>::deserialize(from)?;
+        let decoded: Option<Vec<(u64, Vec<u8>)>> = pieces
+            .iter()
+            .map(|(address, hex)| Some((u64::from_str_radix(address, 16).ok()?, decode_hex(hex.as_bytes())?)))
+            .collect();
+        Ok(Self::from_pieces(decoded.ok_or_else(|| serde::de::Error::custom("memory pieces are not hexadecimal"))?))
+    }
+}
+
+fn decode_hex(hex: &[u8]) -> Option<Vec<u8>> {
+    let (pairs, []) = hex.as_chunks::<2>() else { return None };
+    pairs.iter().map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
+}
+
+/// Where an interpreter's memory comes from.
+#[derive(Debug)]
+pub enum Source {
+    Live(ProcessMemory),
+    Recording(Recorder<ProcessMemory>),
+    Recorded(RecordedMemory),
+}
+
+impl TargetMemory for Source {
+    fn read_exact(&self, address: u64, to: &mut [u8]) -> Result<(), Fault> {
+        match self {
+            Self::Live(memory) => memory.read_exact(address, to),
+            Self::Recording(memory) => memory.read_exact(address, to),
+            Self::Recorded(memory) => memory.read_exact(address, to),
+        }
+    }
+}
+
+impl Memory for Source {
+    unsafe fn read_raw(&self, address: u64, to: *mut u8, length: usize) -> bool {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Live(memory) => memory.read_raw(address, to, length),
+                Self::Recording(memory) => memory.read_raw(address, to, length),
+                Self::Recorded(memory) => memory.read_raw(address, to, length),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_of_this_process_are_exact_or_say_why_not() {
+        let here = ProcessMemory { pid: std::process::id() };
+        let text = *b"left\0right\xff\0";
+        let address = text.as_ptr() as u64;
+        assert_eq!(here.bytes(address, 4).unwrap(), b"left");
+        assert_eq!(here.c_string(address, 100).unwrap(), "left");
+        assert_eq!(here.c_string(address + 5, 100).unwrap(), "right\u{fffd}");
+        assert_eq!(here.c_string(address, 2).unwrap(), "le");
+        assert_eq!(here.u64(8), Err(Fault::Unmapped { address: 8, length: 8 }));
+        assert_eq!(ProcessMemory { pid: u32::MAX >> 2 }.u64(address), Err(Fault::Gone));
+    }
+
+    #[test]
+    fn a_recording_answers_what_was_read_and_nothing_else() {
+        let bytes: Vec<u8> = (0..64).collect();
+        let address = bytes.as_ptr() as u64;
+        let recorder = Recorder::new(ProcessMemory { pid: std::process::id() });
+        recorder.bytes(address + 8, 8).unwrap();
+        recorder.bytes(address + 12, 20).unwrap();
+        recorder.bytes(address + 40, 4).unwrap();
+        let json = serde_json::to_string(&recorder.recording()).unwrap();
+        let replay: RecordedMemory = serde_json::from_str(&json).unwrap();
+        assert_eq!(replay.size(), 28);
+        assert_eq!(replay.bytes(address + 8, 24).unwrap(), bytes[8..32]);
+        assert_eq!(replay.bytes(address + 41, 3).unwrap(), bytes[41..44]);
+        for (offset, length) in [(0, 1), (7, 2), (31, 2), (44, 1)] {
+            assert!(replay.bytes(address + offset, length).is_err());
+        }
+    }
+
+    #[test]
+    fn a_broken_recording_is_an_error() {
+        for json in [r#"[["zz","00"]]"#, r#"[["10","0"]]"#, r#"[["10","0g"]]"#] {
+            assert!(serde_json::from_str::<RecordedMemory>(json).is_err());
+        }
+    }
+}
