@@ -1,2 +1,5 @@
 //! What marks each kind of event loop, and how to read its target.
 
+pub mod cpython;
+pub mod elf;
+pub mod memory;

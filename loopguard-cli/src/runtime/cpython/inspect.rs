@@ -1,0 +1,63 @@
+//! Turns what the kernel captured in one process into stacks, requests and tasks, remembering what it resolved.
+
+use std::sync::Arc;
+
+use loopguard_common::records::{RawFrame, RequestSnapshot, WalkStatus};
+
+use super::code::Codes;
+use super::request::Routes;
+use super::{Interpreter, PyThreadInfo, TaskFacts};
+use crate::core::event::{RequestFacts, Stack};
+
+/// Resolves the captures of one process; its caches are bounded.
+#[derive(Debug)]
+pub struct Inspector {
+    interpreter: Arc<Interpreter>,
+    codes: Codes,
+    routes: Routes,
+}
+
+impl Inspector {
+    pub fn new(interpreter: Arc<Interpreter>) -> Self {
+        Self { interpreter, codes: Codes::default(), routes: Routes::default() }
+    }
+
+    pub fn interpreter(&self) -> &Arc<Interpreter> {
+        &self.interpreter
+    }
+
+    /// The Python frames of a capture, innermost first, without entry shims. A frame whose code object is gone by now
+    /// is `<unknown>`.
+    pub fn stack(&mut self, frames: &[RawFrame], walk: WalkStatus) -> Stack {
+        let frames = frames.iter().filter_map(|raw| self.codes.frame(&self.interpreter, raw)).collect();
+        let incomplete = match walk {
+            WalkStatus::Complete => None,
+            WalkStatus::None => Some("there was no interpreter to walk"),
+            WalkStatus::TooDeep => Some("the stack is deeper than loopguard walks"),
+            WalkStatus::Unreadable => Some("a frame could not be read"),
+            WalkStatus::NotThisThread => Some("the thread had ended"),
+        };
+        Stack { frames, incomplete }
+    }
+
+    /// The request whose scope stood in the frames; `None`: there was none. Reads the target for the route only.
+    pub fn request(&mut self, snapshot: &RequestSnapshot) -> Option<RequestFacts> {
+        self.routes.request(&self.interpreter, snapshot)
+    }
+
+    /// The asyncio task that a thread runs; `None`: none, or it can't be told.
+    ///
+    /// `running_task` is what the capture says (3.14 on). Before 3.14 that is 0 and the target is read, so the answer
+    /// belongs to the capture only as long as the step it was taken in still runs.
+    pub fn current_task(&mut self, thread: &PyThreadInfo, running_task: u64) -> Option<TaskFacts> {
+        let task = self.interpreter.current_task(thread, running_task)?;
+        Some(self.interpreter.task_facts(task))
+    }
+
+    /// The request that a live task works for, by its own coroutines or by those that await it; `None`: none, or not
+    /// just one.
+    pub fn request_of_task(&mut self, task: u64) -> Option<RequestFacts> {
+        let snapshot = self.interpreter.request_of_task(&mut self.codes, task)?;
+        self.request(&snapshot)
+    }
+}

@@ -1,0 +1,330 @@
+//! Turns a thread into its current asyncio task, and a task into the request it works for.
+//!
+//! A task that has no ASGI scope in its own coroutines works for whoever awaits it. The answer is `None` where the
+//! awaiters do not lead to one request: no guesses.
+
+use std::collections::HashSet;
+
+use loopguard_common::records::{
+    HOST_OBJECT, METHOD_OBJECT, PATH_OBJECT, REQUEST_ID_OBJECT, RequestSnapshot, TRACEPARENT_OBJECT,
+};
+use loopguard_common::walk::{Scratch, snapshot_scope};
+
+use super::code::{Codes, ScopeIn};
+use super::offsets::StackTop;
+use super::{Fault, Interpreter, PyThreadInfo};
+use crate::runtime::memory::TargetMemory;
+
+/// Awaiters of awaiters that are followed.
+const MAX_HOPS: usize = 8;
+/// Tasks and futures looked at for one answer.
+const MAX_VISITED: usize = 64;
+/// Coroutines in one chain of awaits.
+const MAX_CHAIN: usize = 64;
+/// Callbacks of a future that are looked at.
+const MAX_CALLBACKS: u64 = 8;
+const MAX_NAME: usize = 256;
+/// Values on a frame's stack; more is a sign of a wrong frame.
+const MAX_STACK: u64 = 1 << 16;
+
+/// First field of an object after its header: what a coroutine wrapper or an `asend` wraps, `PyModuleObject.md_dict`.
+const FIRST_FIELD: u64 = 16;
+/// `PyRunningLoopHolder.rl_loop` (`Modules/_asynciomodule.c`, before 3.14).
+const HOLDER_LOOP: u64 = 24;
+/// `FutureObj.fut_callback0` and `.fut_callbacks` (`Modules/_asynciomodule.c`).
+const FUTURE_CALLBACK0: u64 = 24;
+const FUTURE_CALLBACKS: u64 = 40;
+/// `PyCFunctionObject.m_self`, `PyMethodObject.im_self`, `partialobject.args`: the second field after the header.
+const SECOND_FIELD: u64 = 24;
+/// `PyFunctionObject.func_closure` (`cpython/funcobject.h`).
+const FUNCTION_CLOSURE: u64 = 72;
+/// Bytes of an entry of a set: key and hash.
+const SET_ENTRY: usize = 2;
+
+/// An asyncio task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskFacts {
+    /// Of the task object.
+    pub address: u64,
+    /// `Task.get_name()`.
+    pub name: Option<String>,
+    /// Qualified name of its coroutine.
+    pub coroutine: Option<String>,
+}
+
+const NO_REQUEST: RequestSnapshot = RequestSnapshot {
+    scope: 0,
+    route: 0,
+    client_port: 0,
+    _pad: 0,
+    path: [0; PATH_OBJECT],
+    method: [0; METHOD_OBJECT],
+    client_host: [0; HOST_OBJECT],
+    request_id: [0; REQUEST_ID_OBJECT],
+    traceparent: [0; TRACEPARENT_OBJECT],
+};
+
+impl Interpreter {
+    /// Address of the task `thread` runs; `running` is what its thread state said (3.14 on). Before 3.14 it is what
+    /// runs now, through the thread's running event loop.
+    pub(super) fn current_task(&self, thread: &PyThreadInfo, running: u64) -> Option<u64> {
+        let task = if self.version.minor >= 14 { running } else { self.task_of_running_loop(thread).ok()?? };
+        (task != 0 && self.is_task(task)).then_some(task)
+    }
+
+    /// `_current_tasks[running loop]`, as `asyncio.current_task()` finds it, for one thread of several.
+    fn task_of_running_loop(&self, thread: &PyThreadInfo) -> Result<Option<u64>, Fault> {
+        let locals = self.memory.field(thread.state, self.offsets.thread_dict)?;
+        if locals == 0 {
+            return Ok(None);
+        }
+        let Some(holder) = self.dict_get(locals, "__asyncio_running_event_loop__")? else { return Ok(None) };
+        if self.type_name(holder)? != "_RunningLoopHolder" {
+            return Ok(None);
+        }
+        let running = self.memory.field(holder, HOLDER_LOOP)?;
+        let Some(tasks) = self.current_tasks(thread.interpreter)? else { return Ok(None) };
+        Ok(self.dict_entries(tasks)?.into_iter().find(|(key, _)| *key == running).map(|(_, task)| task))
+    }
+
+    fn current_tasks(&self, interpreter: u64) -> Result<Option<u64>, Fault> {
+        if let Some(tasks) = self.current_tasks.get() {
+            return Ok(Some(*tasks));
+        }
+        let modules = self.memory.field(interpreter, self.offsets.modules)?;
+        let Some(module) = self.dict_get(modules, "asyncio.tasks")? else { return Ok(None) };
+        let Some(tasks) = self.dict_get(self.memory.field(module, FIRST_FIELD)?, "_current_tasks")? else {
+            return Ok(None);
+        };
+        if self.type_of(tasks)? != self.anchors.dict_type {
+            return Ok(None);
+        }
+        Ok(Some(*self.current_tasks.get_or_init(|| tasks)))
+    }
+
+    pub(super) fn task_facts(&self, task: u64) -> TaskFacts {
+        let name =
+            self.memory.field(task, self.task_name_offset()).and_then(|name| match self.type_name(name)?.as_str() {
+                // Named lazily, from 3.12 on.
+                "int" => {
+                    let number = self.memory.u32(name.wrapping_add(self.offsets.layout.long_digit.into()))?;
+                    Ok(format!("Task-{number}"))
+                }
+                _ => self.str(name, MAX_NAME),
+            });
+        let coroutine = self
+            .task_coroutine(task)
+            .and_then(|coroutine| self.memory.field(coroutine, self.offsets.generator_qualname))
+            .and_then(|name| self.str(name, MAX_NAME));
+        TaskFacts { address: task, name: name.ok(), coroutine: coroutine.ok() }
+    }
+
+    fn task_name_offset(&self) -> u64 {
+        self.asyncio.get().map_or(self.offsets.task_name, |asyncio| asyncio.task_name)
+    }
+
+    fn task_coroutine(&self, task: u64) -> Result<u64, Fault> {
+        self.memory.field(task, self.asyncio.get().map_or(self.offsets.task_coro, |asyncio| asyncio.task_coro))
+    }
+
+    fn is_task(&self, object: u64) -> bool {
+        self.type_name(object).is_ok_and(|name| name.ends_with("Task"))
+    }
+
+    fn is_future(&self, object: u64) -> bool {
+        object != 0 && self.type_name(object).is_ok_and(|name| name.ends_with("Future") || name.ends_with("Task"))
+    }
+
+    /// The request a task works for: by a scope in its own coroutines, else by those that await it.
+    pub(super) fn request_of_task(&self, codes: &mut Codes, task: u64) -> Option<RequestSnapshot> {
+        let mut visited = HashSet::from([task]);
+        let mut hop = vec![task];
+        let mut found: Option<RequestSnapshot> = None;
+        for _ in 0..=MAX_HOPS {
+            let mut awaiters = Vec::new();
+            for object in std::mem::take(&mut hop) {
+                let request = if self.is_task(object) { self.scope_of_task(codes, object) } else { None };
+                match (request, &found) {
+                    (Some(request), Some(other)) if request.scope != other.scope => return None,
+                    (Some(request), _) => found = Some(request),
+                    (None, _) => awaiters.extend(self.awaiters(object)),
+                }
+            }
+            awaiters.retain(|awaiter| visited.insert(*awaiter));
+            if visited.len() > MAX_VISITED {
+                return None;
+            }
+            hop = awaiters;
+        }
+        found
+    }
+
+    /// The outermost scope in a task's coroutines, with the first route there is.
+    fn scope_of_task(&self, codes: &mut Codes, task: u64) -> Option<RequestSnapshot> {
+        let mut found: Option<RequestSnapshot> = None;
+        for frame in self.coroutine_frames(self.task_coroutine(task).ok()?) {
+            let Ok(Some(scope)) = self.scope_in_frame(codes, frame) else { continue };
+            let (mut scratch, mut snapshot) = (Scratch::default(), NO_REQUEST);
+            if !snapshot_scope(&self.memory, &self.offsets.layout, scope, &mut scratch, &mut snapshot) {
+                continue;
+            }
+            let request = found.get_or_insert(snapshot);
+            if request.route == 0 {
+                request.route = snapshot.route;
+            }
+            if request.route != 0 {
+                break;
+            }
+        }
+        found
+    }
+
+    fn scope_in_frame(&self, codes: &mut Codes, frame: u64) -> Result<Option<u64>, Fault> {
+        let layout = &self.offsets.layout;
+        // Stack references carry tags in their low bits.
+        let code = self.memory.field(frame, layout.frame_executable)? & !3;
+        let slot = match codes.code(self, code, None)?.scope {
+            ScopeIn::Nowhere => return Ok(None),
+            ScopeIn::Local(slot) => slot,
+            ScopeIn::SelfAttribute => 0,
+        };
+        let is_attribute = codes.code(self, code, None)?.scope == ScopeIn::SelfAttribute;
+        let local = self.memory.field(frame, u64::from(layout.frame_locals) + slot * 8)? & !3;
+        if local == 0 {
+            return Ok(None);
+        }
+        let scope = if is_attribute { self.attribute(local, "scope")?.unwrap_or(0) } else { local };
+        self.scope_dict(scope)
+    }
+
+    /// The interpreter frames of a chain of coroutines that await each other, outermost first.
+    fn coroutine_frames(&self, coroutine: u64) -> Vec<u64> {
+        let mut frames = Vec::new();
+        let mut next = Some(coroutine);
+        for _ in 0..MAX_CHAIN {
+            let Some(coroutine) = next else { break };
+            match self.type_name(coroutine).as_deref() {
+                Ok("coroutine" | "generator" | "async_generator") => {
+                    let frame = coroutine.wrapping_add(self.offsets.generator_frame);
+                    frames.push(frame);
+                    next = self.awaited_in_frame(frame);
+                }
+                Ok("coroutine_wrapper" | "async_generator_asend" | "async_generator_athrow") => {
+                    next = self.memory.field(coroutine, FIRST_FIELD).ok();
+                }
+                _ => break,
+            }
+        }
+        frames
+    }
+
+    /// What a suspended frame waits for: the top of its stack.
+    fn awaited_in_frame(&self, frame: u64) -> Option<u64> {
+        let stack = self.memory.field(frame, self.offsets.frame_stack).ok()?;
+        let locals = frame.wrapping_add(self.offsets.layout.frame_locals.into());
+        let top = match self.offsets.stack {
+            // Negative while the frame runs.
+            StackTop::Index => {
+                let values =
+                    u64::try_from(stack as u32 as i32).ok().filter(|values| (1..MAX_STACK).contains(values))?;
+                locals.wrapping_add((values - 1) * 8)
+            }
+            StackTop::Pointer => {
+                let in_frame = stack.checked_sub(locals).is_some_and(|size| (8..MAX_STACK).contains(&size));
+                in_frame.then_some(stack.wrapping_sub(8))?
+            }
+        };
+        self.memory.u64(top).ok().map(|value| value & !3).filter(|&value| value != 0)
+    }
+
+    /// The tasks and futures that await this one.
+    fn awaiters(&self, future: u64) -> Vec<u64> {
+        let described = self.described_awaiters(future).unwrap_or_default();
+        if !described.is_empty() {
+            return described;
+        }
+        let callbacks = self.callbacks(future).unwrap_or_default();
+        callbacks.into_iter().filter_map(|callback| self.awaiter_behind(future, callback).ok()?).collect()
+    }
+
+    /// 3.14 on: a future knows who awaits it, one object or a set of them.
+    fn described_awaiters(&self, future: u64) -> Result<Vec<u64>, Fault> {
+        let Some(asyncio) = self.asyncio.get() else { return Ok(Vec::new()) };
+        let awaited_by = self.memory.field(future, asyncio.task_awaited_by)?;
+        if awaited_by == 0 {
+            return Ok(Vec::new());
+        }
+        let mut awaiters = vec![awaited_by];
+        if self.memory.u8(future.wrapping_add(asyncio.task_awaited_by_is_set))? != 0 {
+            let slots = self.memory.field(awaited_by, self.offsets.set_mask)?.saturating_add(1).min(1024) as usize;
+            let table = self.memory.field(awaited_by, self.offsets.set_table)?;
+            let entries = self.memory.words(table, slots * SET_ENTRY)?;
+            awaiters = entries.chunks_exact(SET_ENTRY).map(|entry| entry[0]).collect();
+        }
+        awaiters.retain(|&awaiter| self.is_future(awaiter));
+        Ok(awaiters)
+    }
+
+    fn callbacks(&self, future: u64) -> Result<Vec<u64>, Fault> {
+        let mut callbacks = vec![self.memory.field(future, FUTURE_CALLBACK0)?];
+        let more = self.memory.field(future, FUTURE_CALLBACKS)?;
+        if more != 0 && self.type_name(more)? == "list" {
+            let count = self.memory.field(more, self.offsets.layout.var_size)?.min(MAX_CALLBACKS);
+            let items = self.memory.field(more, self.offsets.layout.list_items)?;
+            for pair in self.memory.words(items, count as usize)? {
+                // A callback and its context.
+                callbacks.extend(self.tuple(pair, 1)?);
+            }
+        }
+        callbacks.retain(|&callback| callback != 0);
+        Ok(callbacks)
+    }
+
+    /// The task or future that a done callback of `future` wakes.
+    fn awaiter_behind(&self, future: u64, callback: u64) -> Result<Option<u64>, Fault> {
+        let second = || self.memory.field(callback, SECOND_FIELD);
+        let awaiter = match self.type_name(callback)?.as_str() {
+            // `task_wakeup` of the awaiting task.
+            "builtin_function_or_method" => second()?,
+            // `TaskGroup._on_task_done`, or the wake-up of a task written in Python.
+            "method" => match second()? {
+                owner if self.is_task(owner) => owner,
+                owner => self.attribute(owner, "_parent_task")?.unwrap_or(0),
+            },
+            // The inner functions of `gather`, `wait` and `shield`, which keep the outer future in a cell.
+            "function" => self.future_in_closure(future, callback)?.unwrap_or(0),
+            // `wait_for` before 3.12.
+            "partial" => self.tuple(second()?, 1)?.first().copied().unwrap_or(0),
+            _ => 0,
+        };
+        Ok((awaiter != future && self.is_future(awaiter)).then_some(awaiter))
+    }
+
+    fn future_in_closure(&self, future: u64, function: u64) -> Result<Option<u64>, Fault> {
+        let closure = self.memory.field(function, FUNCTION_CLOSURE)?;
+        if closure == 0 || self.type_name(closure)? != "tuple" {
+            return Ok(None);
+        }
+        let mut found = None;
+        for cell in self.tuple(closure, 16)? {
+            let value = self.cell(cell);
+            if value == 0 || value == future {
+                continue;
+            }
+            let value = match self.type_name(value)?.as_str() {
+                // anyio's task group: the task that opened its cancel scope.
+                "TaskGroup" => match self.attribute(value, "cancel_scope")? {
+                    Some(scope) => self.attribute(scope, "_host_task")?.unwrap_or(0),
+                    None => 0,
+                },
+                name if name.ends_with("Future") => value,
+                _ => continue,
+            };
+            if found.is_some_and(|found| found != value) {
+                return Ok(None);
+            }
+            found = Some(value);
+        }
+        Ok(found)
+    }
+}
