@@ -85,10 +85,12 @@ impl Interpreter {
                     return Ok(None);
                 }
                 let Some(holder) = self.dict_get(locals, "__asyncio_running_event_loop__")? else { return Ok(None) };
-                if self.type_name(holder)? != "_RunningLoopHolder" {
-                    return Ok(None);
+                // 3.12 keeps the loop itself there.
+                if self.type_name(holder)? == "_RunningLoopHolder" {
+                    self.memory.field(holder, FIRST_FIELD)?
+                } else {
+                    holder
                 }
-                self.memory.field(holder, FIRST_FIELD)?
             }
         };
         if running == 0 {
@@ -244,7 +246,13 @@ impl Interpreter {
                 in_frame.then_some(stack.wrapping_sub(8))?
             }
         };
-        self.memory.u64(top).ok().map(|value| value & !3).filter(|&value| value != 0)
+        // Stack references carry tags in their low bits. 3.15 keeps an empty slot above the awaited object.
+        let value = |slot: u64| self.memory.u64(slot).map_or(0, |value| value & !3);
+        match value(top) {
+            0 if top > locals => Some(value(top.wrapping_sub(8))),
+            value => Some(value),
+        }
+        .filter(|&value| value != 0)
     }
 
     /// The one coroutine on a running frame's stack that runs as well: what the frame awaits. The stack's end is not
