@@ -204,12 +204,7 @@ fn note_scope<M: Memory>(memory: &M, layout: &PyLayout, local: u64, scopes: &mut
 /// Copies the request from the outermost ASGI scope that [`walk_frames`] came past, the route from the first that has
 /// one (middleware may hand on a copy).
 #[inline(always)]
-pub fn snapshot_request<M: Memory>(
-    memory: &M,
-    layout: &PyLayout,
-    scratch: &mut Scratch,
-    out: &mut RequestSnapshot,
-) {
+pub fn snapshot_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch, out: &mut RequestSnapshot) {
     out.scope = 0;
     out.route = 0;
     for i in 0..SCOPE_CANDIDATES {

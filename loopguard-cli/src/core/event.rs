@@ -14,7 +14,9 @@ pub type Tid = u32;
 pub enum Event {
     LoopFound(LoopInfo),
     /// The thread or its process is gone, or runs another program now.
-    LoopGone { tid: Tid },
+    LoopGone {
+        tid: Tid,
+    },
     /// What the thread was doing at one instant of an old step; comes before the step's [`Event::Step`].
     Capture(Capture),
     /// A step that reached the threshold has ended.
@@ -106,9 +108,14 @@ pub struct CapturedWait {
 /// Whose code a capture saw.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Owner {
-    Request { request: Arc<RequestFacts>, how: How },
+    Request {
+        request: Arc<RequestFacts>,
+        how: How,
+    },
     /// Known to be no request's: a background task, a callback, the loop itself.
-    NoRequest { task: Option<String> },
+    NoRequest {
+        task: Option<String>,
+    },
     /// Could not be told: why, in a few words.
     Unknown(&'static str),
 }

@@ -28,8 +28,7 @@ pub struct Offsets {
     pub gil: Gil,
     /// `PyThreadState`.
     pub thread_next: u64,
-    /// `PyThreadState.dict`: before 3.14 the running event loop is in it.
-    pub thread_dict: u64,
+    pub running_loop: RunningLoop,
     /// `_PyInterpreterFrame.stacktop` (an index, before 3.14) or `.stackpointer` (an address).
     pub frame_stack: u64,
     pub stack: StackTop,
@@ -38,6 +37,7 @@ pub struct Offsets {
     pub code_linetable: u64,
     pub code_firstlineno: u64,
     pub code_localsplusnames: u64,
+    pub code_nlocalsplus: u64,
     pub code_adaptive: u64,
     /// `PyASCIIObject.state`.
     pub str_state: u64,
@@ -53,6 +53,8 @@ pub struct Offsets {
     /// `PyGenObject`.
     pub generator_frame: u64,
     pub generator_qualname: u64,
+    /// `PyGenObject.gi_frame_state`, one signed byte.
+    pub generator_state: u64,
     /// `PySetObject`; 0 before 3.14, where nothing needs it.
     pub set_mask: u64,
     pub set_table: u64,
@@ -68,6 +70,15 @@ pub enum Gil {
     InRuntime(u64),
     /// Pointed to from this offset of the interpreter state (3.12 on).
     Behind(u64),
+}
+
+/// Where a thread's running event loop is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunningLoop {
+    /// In a holder under `__asyncio_running_event_loop__` in the dict at this offset of the thread state (3.11, 3.12).
+    InDict(u64),
+    /// At this offset of the thread state (3.13 on: `_PyThreadStateImpl.asyncio_running_loop`).
+    InThread(u64),
 }
 
 /// How a suspended frame says how many values its stack holds.
@@ -206,13 +217,14 @@ const PYTHON_3_11: Offsets = Offsets {
     modules: 888,
     gil: Gil::InRuntime(360),
     thread_next: 8,
-    thread_dict: 128,
+    running_loop: RunningLoop::InDict(128),
     frame_stack: 64,
     stack: StackTop::Index,
     code_filename: 112,
     code_linetable: 136,
     code_firstlineno: 72,
     code_localsplusnames: 96,
+    code_nlocalsplus: 76,
     code_adaptive: 184,
     str_state: 32,
     str_compact_data: 72,
@@ -222,6 +234,7 @@ const PYTHON_3_11: Offsets = Offsets {
     cached_keys: 872,
     generator_frame: 80,
     generator_qualname: 40,
+    generator_state: 75,
     set_mask: 0,
     set_table: 0,
     task_coro: 136,
@@ -233,20 +246,21 @@ const PYTHON_3_12: Offsets = Offsets {
     threads_head: 72,
     modules: 944,
     gil: Gil::Behind(384),
-    thread_dict: 112,
+    running_loop: RunningLoop::InDict(112),
     code_firstlineno: 68,
+    code_nlocalsplus: 72,
     code_adaptive: 192,
     str_compact_data: 56,
     instance_dict: InstanceDict::Tagged,
     cached_keys: 880,
     generator_frame: 72,
     generator_qualname: 32,
+    generator_state: 67,
     ..PYTHON_3_11
 };
 
 /// What `_Py_DebugOffsets` of a version does not say.
 struct Undescribed {
-    thread_dict: u64,
     generator_frame: u64,
     cached_keys: u64,
     task_coro: u64,
@@ -254,17 +268,11 @@ struct Undescribed {
     stack: StackTop,
 }
 
-const UNDESCRIBED_3_13: Undescribed = Undescribed {
-    thread_dict: 128,
-    generator_frame: 72,
-    cached_keys: 880,
-    task_coro: 120,
-    task_name: 128,
-    stack: StackTop::Index,
-};
+const UNDESCRIBED_3_13: Undescribed =
+    Undescribed { generator_frame: 72, cached_keys: 880, task_coro: 120, task_name: 128, stack: StackTop::Index };
 const UNDESCRIBED_3_14: Undescribed =
     Undescribed { task_coro: 128, task_name: 136, stack: StackTop::Pointer, ..UNDESCRIBED_3_13 };
-const UNDESCRIBED_3_15: Undescribed = Undescribed { thread_dict: 152, cached_keys: 888, ..UNDESCRIBED_3_14 };
+const UNDESCRIBED_3_15: Undescribed = Undescribed { cached_keys: 888, ..UNDESCRIBED_3_14 };
 
 /// The structs of one version's `_Py_DebugOffsets` in order, each with its fields in order; every field is a u64.
 type Fields = &'static [(&'static str, &'static [&'static str])];
@@ -503,13 +511,15 @@ fn described(head: &[u8], fields: Fields, undescribed: &Undescribed) -> Result<O
         modules: d.get("interpreter", "imports_modules")?,
         gil: Gil::Behind(d.get("interpreter", "ceval_gil")?),
         thread_next: d.get("thread", "next")?,
-        thread_dict: undescribed.thread_dict,
+        // The first field after the described struct; from 3.14 on the running task is there as well, and is used.
+        running_loop: RunningLoop::InThread(d.get("thread", "size")?),
         frame_stack: d.optional("frame", "stackpointer")?.unwrap_or(PYTHON_3_12.frame_stack),
         stack: undescribed.stack,
         code_filename: d.get("code", "filename")?,
         code_linetable: d.get("code", "linetable")?,
         code_firstlineno: d.get("code", "firstlineno")?,
         code_localsplusnames: d.get("code", "localsplusnames")?,
+        code_nlocalsplus: d.get("code", "firstlineno")? + 4,
         code_adaptive: d.get("code", "co_code_adaptive")?,
         str_state: d.get("unicode", "state")?,
         // A UTF-8 length and pointer follow the ASCII header.
@@ -520,6 +530,7 @@ fn described(head: &[u8], fields: Fields, undescribed: &Undescribed) -> Result<O
         cached_keys: d.optional("heap_type", "ht_cached_keys")?.unwrap_or(undescribed.cached_keys),
         generator_frame: d.optional("generator", "gi_iframe")?.unwrap_or(undescribed.generator_frame),
         generator_qualname: d.optional("generator", "gi_name")?.map_or(PYTHON_3_12.generator_qualname, |name| name + 8),
+        generator_state: d.optional("generator", "gi_frame_state")?.unwrap_or(PYTHON_3_12.generator_state),
         set_mask: d.optional("set", "mask")?.unwrap_or(0),
         set_table: d.optional("set", "table")?.unwrap_or(0),
         task_coro: undescribed.task_coro,

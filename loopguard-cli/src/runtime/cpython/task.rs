@@ -11,7 +11,7 @@ use loopguard_common::records::{
 use loopguard_common::walk::{Scratch, snapshot_scope};
 
 use super::code::{Codes, ScopeIn};
-use super::offsets::StackTop;
+use super::offsets::{RunningLoop, StackTop};
 use super::{Fault, Interpreter, PyThreadInfo};
 use crate::runtime::memory::TargetMemory;
 
@@ -26,11 +26,14 @@ const MAX_CALLBACKS: u64 = 8;
 const MAX_NAME: usize = 256;
 /// Values on a frame's stack; more is a sign of a wrong frame.
 const MAX_STACK: u64 = 1 << 16;
+/// Slots of a running frame's stack that are looked at; an awaited coroutine is near its bottom.
+const MAX_RUNNING_STACK: u64 = 12;
+/// `gi_frame_state` of a coroutine that runs (`pycore_frame.h`).
+const FRAME_EXECUTING: u8 = 0;
 
-/// First field of an object after its header: what a coroutine wrapper or an `asend` wraps, `PyModuleObject.md_dict`.
+/// First field of an object after its header: what a coroutine wrapper or an `asend` wraps, `PyModuleObject.md_dict`,
+/// `PyRunningLoopHolder.rl_loop` (`Modules/_asynciomodule.c`).
 const FIRST_FIELD: u64 = 16;
-/// `PyRunningLoopHolder.rl_loop` (`Modules/_asynciomodule.c`, before 3.14).
-const HOLDER_LOOP: u64 = 24;
 /// `FutureObj.fut_callback0` and `.fut_callbacks` (`Modules/_asynciomodule.c`).
 const FUTURE_CALLBACK0: u64 = 24;
 const FUTURE_CALLBACKS: u64 = 40;
@@ -74,15 +77,25 @@ impl Interpreter {
 
     /// `_current_tasks[running loop]`, as `asyncio.current_task()` finds it, for one thread of several.
     fn task_of_running_loop(&self, thread: &PyThreadInfo) -> Result<Option<u64>, Fault> {
-        let locals = self.memory.field(thread.state, self.offsets.thread_dict)?;
-        if locals == 0 {
+        let running = match self.offsets.running_loop {
+            RunningLoop::InThread(offset) => self.memory.field(thread.state, offset)?,
+            RunningLoop::InDict(offset) => {
+                let locals = self.memory.field(thread.state, offset)?;
+                if locals == 0 {
+                    return Ok(None);
+                }
+                let Some(holder) = self.dict_get(locals, "__asyncio_running_event_loop__")? else { return Ok(None) };
+                // 3.12 keeps the loop itself there.
+                if self.type_name(holder)? == "_RunningLoopHolder" {
+                    self.memory.field(holder, FIRST_FIELD)?
+                } else {
+                    holder
+                }
+            }
+        };
+        if running == 0 {
             return Ok(None);
         }
-        let Some(holder) = self.dict_get(locals, "__asyncio_running_event_loop__")? else { return Ok(None) };
-        if self.type_name(holder)? != "_RunningLoopHolder" {
-            return Ok(None);
-        }
-        let running = self.memory.field(holder, HOLDER_LOOP)?;
         let Some(tasks) = self.current_tasks(thread.interpreter)? else { return Ok(None) };
         Ok(self.dict_entries(tasks)?.into_iter().find(|(key, _)| *key == running).map(|(_, task)| task))
     }
@@ -218,23 +231,51 @@ impl Interpreter {
         frames
     }
 
-    /// What a suspended frame waits for: the top of its stack.
+    /// What a frame waits for: the top of its stack.
     fn awaited_in_frame(&self, frame: u64) -> Option<u64> {
         let stack = self.memory.field(frame, self.offsets.frame_stack).ok()?;
         let locals = frame.wrapping_add(self.offsets.layout.frame_locals.into());
         let top = match self.offsets.stack {
-            // Negative while the frame runs.
-            StackTop::Index => {
-                let values =
-                    u64::try_from(stack as u32 as i32).ok().filter(|values| (1..MAX_STACK).contains(values))?;
-                locals.wrapping_add((values - 1) * 8)
-            }
+            StackTop::Index => match u64::from(stack as u32) {
+                values @ 1..MAX_STACK => locals.wrapping_add((values - 1) * 8),
+                // It runs, and does not say how deep its stack is.
+                _ => return self.executing_on_stack(frame).ok()?,
+            },
             StackTop::Pointer => {
                 let in_frame = stack.checked_sub(locals).is_some_and(|size| (8..MAX_STACK).contains(&size));
                 in_frame.then_some(stack.wrapping_sub(8))?
             }
         };
-        self.memory.u64(top).ok().map(|value| value & !3).filter(|&value| value != 0)
+        // Stack references carry tags in their low bits. 3.15 keeps an empty slot above the awaited object.
+        let value = |slot: u64| self.memory.u64(slot).map_or(0, |value| value & !3);
+        match value(top) {
+            0 if top > locals => Some(value(top.wrapping_sub(8))),
+            value => Some(value),
+        }
+        .filter(|&value| value != 0)
+    }
+
+    /// The one coroutine on a running frame's stack that runs as well: what the frame awaits. The stack's end is not
+    /// known, and above it lie values of before, but none of those runs.
+    fn executing_on_stack(&self, frame: u64) -> Result<Option<u64>, Fault> {
+        let layout = &self.offsets.layout;
+        let code = self.memory.field(frame, layout.frame_executable)? & !3;
+        let locals = self.memory.u32(code.wrapping_add(self.offsets.code_nlocalsplus))?;
+        let stack = frame.wrapping_add(u64::from(layout.frame_locals) + u64::from(locals) * 8);
+        let mut found = None;
+        for slot in 0..MAX_RUNNING_STACK {
+            let Ok(value) = self.memory.field(stack, slot * 8) else { break };
+            if value == 0 || found == Some(value) || self.type_name(value).as_deref() != Ok("coroutine") {
+                continue;
+            }
+            if self.memory.u8(value.wrapping_add(self.offsets.generator_state)) == Ok(FRAME_EXECUTING) {
+                if found.is_some() {
+                    return Ok(None);
+                }
+                found = Some(value);
+            }
+        }
+        Ok(found)
     }
 
     /// The tasks and futures that await this one.
