@@ -195,22 +195,24 @@ impl std::error::Error for Missing {}
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the BPF toolchain is missing: run `cargo xtask setup` (")?;
+        write!(f, "the BPF toolchain is missing: run `cargo xtask setup` ({})", self.reason())
+    }
+}
+
+impl Missing {
+    /// What exactly is missing.
+    pub fn reason(&self) -> String {
+        let (major, minor) = OLDEST_RUST;
         match (self.compilers.as_slice(), self.linkers.as_slice()) {
-            ([], _) => {
-                let (major, minor) = OLDEST_RUST;
-                write!(
-                    f,
-                    "no compiler: neither a rustup nightly with rust-src \
-                     nor {SYSTEM_RUSTC} {major}.{minor} or newer with the library sources"
-                )?;
-            }
-            (compilers, []) => write!(f, "no bpf-linker for {}", list(compilers))?,
+            ([], _) => format!(
+                "no compiler: neither a rustup nightly with rust-src \
+                 nor {SYSTEM_RUSTC} {major}.{minor} or newer with the library sources"
+            ),
+            (compilers, []) => format!("no bpf-linker for {}", list(compilers)),
             (compilers, linkers) => {
-                write!(f, "{} cannot read what {} writes: its LLVM is too old", list(linkers), list(compilers))?;
+                format!("{} cannot read what {} writes: its LLVM is too old", list(linkers), list(compilers))
             }
         }
-        write!(f, ")")
     }
 }
 
