@@ -19,14 +19,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.encoders import jsonable_encoder
 from pydantic import BaseModel
 
 PAYMENTS_URL = os.environ.get("PAYMENTS_URL", "http://127.0.0.1:8001")
 HOUSEKEEPING_EVERY_S = 2.0
+UPLOAD_PIECE = 16 * 1024
 
 catalogue: dict[int, dict[str, Any]] = {
     number: {"id": number, "name": f"Item {number}", "tags": [f"tag-{n}" for n in range(20)], "price": number * 1.1}
-    for number in range(1, 4001)
+    for number in range(1, 2001)
 }
 sessions: dict[str, float] = {}
 
@@ -105,14 +107,14 @@ async def login(credentials: Credentials) -> dict[str, str]:
 
 @app.get("/catalogue/export")
 async def export_catalogue() -> Response:
-    text = json.dumps(list(catalogue.values()), indent=1)  # blocks: serializing, on the CPU
-    return Response(text, media_type="application/json")
+    items = jsonable_encoder(list(catalogue.values()))  # blocks: serializing, on the CPU
+    return Response(json.dumps(items), media_type="application/json")
 
 
 def write_durably(data: bytes) -> None:
     with tempfile.TemporaryFile() as file:
-        for start in range(0, len(data), 64 * 1024):
-            file.write(data[start : start + 64 * 1024])
+        for start in range(0, len(data), UPLOAD_PIECE):
+            file.write(data[start : start + UPLOAD_PIECE])
             file.flush()
             os.fsync(file.fileno())  # blocks: waits for the disk
 

@@ -86,7 +86,7 @@ async def client(name: int, port: int, seed: int, until: float, outcomes: Counte
         call = choice.choices(CALLS, [call.weight for call in CALLS])[0]
         request_id = f"c{name:02}-{number:04}"
         try:
-            status = await asyncio.wait_for(ask(port, call, choice.randint(1, 4000), request_id), ANSWER_WITHIN_S)
+            status = await asyncio.wait_for(ask(port, call, choice.randint(1, 2000), request_id), ANSWER_WITHIN_S)
             outcomes[str(status)] += 1
         except (OSError, IndexError, ValueError) as error:
             outcomes[type(error).__name__] += 1
