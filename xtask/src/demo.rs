@@ -131,6 +131,8 @@ fn start_server(workspace: &Workspace, venv: &Venv, ports: &Ports, log: &Path) -
         .arg(format!("--port={}", ports.server))
         .arg("--app-dir")
         .arg(workspace.root.join(APP))
+        // A temporary folder in memory would make the uploads' fsync free.
+        .env("TMPDIR", log.parent().context("the log has a folder")?)
         .env("PAYMENTS_URL", format!("http://127.0.0.1:{}", ports.payments));
     let mut server = Companion::start(to_log(&mut uvicorn, log)?)?;
     let started = Instant::now();

@@ -36,7 +36,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
 }
 
 fn install_toolchain(workspace: &Workspace, missing: Missing) -> Result<Toolchain> {
-    step::say(&missing.to_string());
+    step::say(&format!("BPF toolchain: {}", missing.reason()));
     let buildable = |compiler: &&Compiler| llvm_config(compiler.llvm).exists();
     let compiler = match missing.compilers.iter().find(buildable) {
         Some(compiler) => compiler.clone(),

@@ -17,6 +17,8 @@ use crate::workspace::Workspace;
 /// The oldest release that builds the workspace: its `rust-version`.
 const OLDEST_RUST: (u32, u32) = (1, 95);
 const SYSTEM_RUSTC: &str = "/usr/bin/rustc";
+/// Whether rustup may install on its own what something asks for.
+const RUSTUP_INSTALLS: &str = "RUSTUP_AUTO_INSTALL";
 
 /// A pair that fits together.
 #[derive(Clone, Debug)]
@@ -140,11 +142,9 @@ impl Compiler {
 
 /// What is on this machine, the preferred one first.
 fn compilers() -> Vec<Compiler> {
-    let nightly = output_of(
-        // `rustup which` would install a toolchain that a rust-toolchain file asks for.
-        Command::new("rustup").args(["which", "--toolchain", "nightly", "rustc"]).env("RUSTUP_AUTO_INSTALL", "0"),
-    )
-    .and_then(|path| Compiler::examine(Origin::RustupNightly, path.trim().into()));
+    let nightly =
+        output_of(Command::new("rustup").args(["which", "--toolchain", "nightly", "rustc"]).env(RUSTUP_INSTALLS, "0"))
+            .and_then(|path| Compiler::examine(Origin::RustupNightly, path.trim().into()));
     nightly.into_iter().chain(system_compiler()).collect()
 }
 
@@ -195,22 +195,24 @@ impl std::error::Error for Missing {}
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the BPF toolchain is missing: run `cargo xtask setup` (")?;
+        write!(f, "the BPF toolchain is missing: run `cargo xtask setup` ({})", self.reason())
+    }
+}
+
+impl Missing {
+    /// What exactly is missing.
+    pub fn reason(&self) -> String {
+        let (major, minor) = OLDEST_RUST;
         match (self.compilers.as_slice(), self.linkers.as_slice()) {
-            ([], _) => {
-                let (major, minor) = OLDEST_RUST;
-                write!(
-                    f,
-                    "no compiler: neither a rustup nightly with rust-src \
-                     nor {SYSTEM_RUSTC} {major}.{minor} or newer with the library sources"
-                )?;
-            }
-            (compilers, []) => write!(f, "no bpf-linker for {}", list(compilers))?,
+            ([], _) => format!(
+                "no compiler: neither a rustup nightly with rust-src \
+                 nor {SYSTEM_RUSTC} {major}.{minor} or newer with the library sources"
+            ),
+            (compilers, []) => format!("no bpf-linker for {}", list(compilers)),
             (compilers, linkers) => {
-                write!(f, "{} cannot read what {} writes: its LLVM is too old", list(linkers), list(compilers))?;
+                format!("{} cannot read what {} writes: its LLVM is too old", list(linkers), list(compilers))
             }
         }
-        write!(f, ")")
     }
 }
 
@@ -218,12 +220,16 @@ fn list(items: &[impl fmt::Display]) -> String {
     items.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ")
 }
 
-/// Takes from `command` what an outer cargo or rustup has set for its own build, but not the user's registry and
-/// network settings.
+/// Takes from `command` what an outer cargo has set for its own build, but not the user's registry and network settings.
+///
+/// Nothing may change the user's toolchains on the way: some crates carry a rust-toolchain file that asks for more
+/// components, and rustup's `rustc` would update the whole toolchain to get them. `RUSTUP_TOOLCHAIN` stays, which keeps
+/// rustup from reading such files, and where it is not set rustup is told not to install.
 pub fn without_outer_cargo(command: &mut Command, names: impl Iterator<Item = OsString>) {
     for name in names.filter(|name| belongs_to_outer_cargo(name)) {
         command.env_remove(name);
     }
+    command.env(RUSTUP_INSTALLS, "0");
 }
 
 fn belongs_to_outer_cargo(name: &OsStr) -> bool {
@@ -233,7 +239,7 @@ fn belongs_to_outer_cargo(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     let starts_with = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
     SET_FOR_BUILD_SCRIPTS.contains(&name)
-        || starts_with(&["RUSTC", "RUSTDOC", "RUSTFLAGS", "RUSTUP_TOOLCHAIN", "RUST_RECURSION_COUNT"])
+        || starts_with(&["RUSTC", "RUSTDOC", "RUSTFLAGS", "RUST_RECURSION_COUNT"])
         || starts_with(&["CARGO"]) && !starts_with(&USERS_OWN)
 }
 
@@ -296,8 +302,18 @@ mod tests {
         {
             assert!(belongs_to_outer_cargo(OsStr::new(outer)), "{outer}");
         }
-        for own in ["CARGO_HOME", "CARGO_HTTP_PROXY", "CARGO_NET_OFFLINE", "PATH", "HOME", "RUST_BACKTRACE"] {
+        for own in ["CARGO_HOME", "CARGO_HTTP_PROXY", "CARGO_NET_OFFLINE", "PATH", "HOME", "RUSTUP_TOOLCHAIN"] {
             assert!(!belongs_to_outer_cargo(OsStr::new(own)), "{own}");
         }
+    }
+
+    #[test]
+    fn an_inner_cargo_never_changes_the_users_toolchains() {
+        let mut command = Command::new("cargo");
+        without_outer_cargo(&mut command, ["RUSTUP_TOOLCHAIN", "RUSTFLAGS"].map(OsString::from).into_iter());
+        let changes: Vec<_> = command.get_envs().collect();
+        assert!(changes.contains(&(OsStr::new("RUSTFLAGS"), None)));
+        assert!(changes.contains(&(OsStr::new("RUSTUP_AUTO_INSTALL"), Some(OsStr::new("0")))));
+        assert!(changes.iter().all(|(name, _)| *name != "RUSTUP_TOOLCHAIN"));
     }
 }
