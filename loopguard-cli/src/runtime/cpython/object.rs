@@ -26,6 +26,14 @@ const TYPE_NAME: u64 = 24;
 const TYPE_BASIC_SIZE: u64 = 32;
 const TYPE_FLAGS: u64 = 168;
 const TYPE_DICT_OFFSET: u64 = 288;
+const TYPE_BASE: u64 = 256;
+const TYPE_DICT: u64 = 264;
+/// `PyMemberDescrObject.d_member` and `PyMemberDef.offset`.
+const DESCRIPTOR_MEMBER: u64 = 40;
+const MEMBER_OFFSET: u64 = 16;
+/// Base classes that are looked through for a slot.
+const MAX_BASES: usize = 8;
+const FLAG_HEAP_TYPE: u64 = 1 << 9;
 const FLAG_INLINE_VALUES: u64 = 1 << 2;
 const FLAG_MANAGED_DICT: u64 = 1 << 4;
 
@@ -209,8 +217,38 @@ impl Interpreter {
         entries.iter().find(|(key, _)| self.is_str(*key, name)).map(|(_, value)| *value)
     }
 
-    /// An attribute that the instance itself holds: no slots, no descriptors, nothing of its class.
+    /// An attribute that the instance itself holds, in its dict or in a slot: nothing of its class is called.
     pub(super) fn attribute(&self, object: u64, name: &str) -> Result<Option<u64>, Fault> {
+        match self.attribute_in_dict(object, name)? {
+            Some(value) => Ok(Some(value)),
+            None => self.attribute_in_slot(object, name),
+        }
+    }
+
+    /// A name of `__slots__`: its class, or one of the bases, has a member descriptor that tells the offset
+    /// (`PyMemberDescrObject` in `cpython/descrobject.h`).
+    fn attribute_in_slot(&self, object: u64, name: &str) -> Result<Option<u64>, Fault> {
+        let mut of_type = self.type_of(object)?;
+        for _ in 0..MAX_BASES {
+            if of_type == 0 || self.memory.field(of_type, TYPE_FLAGS)? & FLAG_HEAP_TYPE == 0 {
+                break;
+            }
+            let dict = self.memory.field(of_type, TYPE_DICT)?;
+            if let Some(descriptor) = self.dict_get(dict, name)? {
+                if self.type_name(descriptor)? != "member_descriptor" {
+                    break;
+                }
+                let member = self.memory.field(descriptor, DESCRIPTOR_MEMBER)?;
+                let offset = self.memory.field(member, MEMBER_OFFSET)?;
+                let value = if offset < 1 << 16 { self.memory.field(object, offset)? } else { 0 };
+                return Ok((value != 0).then_some(value));
+            }
+            of_type = self.memory.field(of_type, TYPE_BASE)?;
+        }
+        Ok(None)
+    }
+
+    fn attribute_in_dict(&self, object: u64, name: &str) -> Result<Option<u64>, Fault> {
         let of_type = self.type_of(object)?;
         let flags = self.memory.field(of_type, TYPE_FLAGS)?;
         if flags & FLAG_MANAGED_DICT == 0 {
