@@ -96,6 +96,8 @@ pub enum CaptureCause {
     Sample = 1,
     /// The thread gave up the CPU to wait.
     Wait = 2,
+    /// The scheduler gave its CPU to another thread.
+    Preempted = 3,
 }
 
 /// How the frame walk ended.
@@ -151,7 +153,7 @@ pub struct CaptureRecord {
     pub arg0: u64,
     /// When the stack was taken.
     pub at_ns: u64,
-    /// Until when the thread stayed there: the end of the wait, or `at_ns` for a sample.
+    /// Until when the thread stayed there: when it ran again, or `at_ns` for a sample.
     pub until_ns: u64,
     pub step_seq: u64,
     pub step_start_ns: u64,

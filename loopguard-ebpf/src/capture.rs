@@ -18,7 +18,7 @@ use loopguard_common::{
 };
 
 use crate::{
-    maps::{LAYOUTS, Watched, capture_buffer, count, settings, watched},
+    maps::{CaptureBuffer, LAYOUTS, Watched, capture_buffer, count, settings, watched},
     send,
 };
 
@@ -70,10 +70,9 @@ pub fn pace(settings: &Settings, thread: &LoopThread) -> CapturePace {
     }
 }
 
-/// Captures the current thread, which is `target`, into its buffer. `false`: there was nothing to walk.
+/// Captures the current thread, which is `target`, into its buffer. The cause and the registers are there already.
 #[inline(always)]
-pub fn take(target: &Watched, now: u64, cause: CaptureCause, registers: UserRegisters) -> bool {
-    let Some(buffer) = capture_buffer(target.thread.slot) else { return false };
+pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
     let (record, scratch) = (&mut buffer.record, &mut buffer.scratch);
     let id = bpf_get_current_pid_tgid();
     // The same scope in the same step is the same request: what was copied of it still holds.
@@ -83,11 +82,6 @@ pub fn take(target: &Watched, now: u64, cause: CaptureCause, registers: UserRegi
         scratch.known_scope = 0;
     }
     record.header = RecordHeader { kind: RecordKind::Capture as u32, tgid: (id >> 32) as u32, tid: id as u32, _pad: 0 };
-    record.cause = cause as u32;
-    record.syscall = registers.syscall;
-    record.arg0 = registers.arg0;
-    record.user_ip = registers.ip;
-    record.user_sp = registers.sp;
     record.at_ns = now;
     record.until_ns = now;
     record.step_seq = target.clock.step_seq;
@@ -113,7 +107,6 @@ pub fn take(target: &Watched, now: u64, cause: CaptureCause, registers: UserRegi
     } else {
         record.request.scope = 0;
     }
-    true
 }
 
 /// The sampling clock of one loop thread ticked while the thread was on the CPU.
@@ -125,11 +118,14 @@ pub fn on_sample(ctx: PerfEventContext) -> u32 {
         // SAFETY: a helper without conditions.
         let now = unsafe { bpf_ktime_get_ns() };
         if target.clock.capture_due(now, pace(settings, target.thread)) {
-            let mut registers = user_registers();
-            registers.syscall = SYSCALL_NONE;
-            if take(&target, now, CaptureCause::Sample, registers)
-                && let Some(buffer) = capture_buffer(target.thread.slot)
-            {
+            let registers = user_registers();
+            if let Some(buffer) = capture_buffer(target.thread.slot) {
+                buffer.record.cause = CaptureCause::Sample as u32;
+                buffer.record.syscall = SYSCALL_NONE;
+                buffer.record.arg0 = 0;
+                buffer.record.user_ip = registers.ip;
+                buffer.record.user_sp = registers.sp;
+                take(&target, now, buffer);
                 buffer.record.off_cpu = target.clock.off_cpu();
                 target.clock.last_capture_ns = now;
                 send::capture(&buffer.record);

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use loopguard_common::{
     clock::SwitchOut,
-    records::{CaptureCause, Settings},
+    records::{CaptureCause, SYSCALL_NONE, Settings},
 };
 
 use crate::{
@@ -48,16 +48,30 @@ pub fn on_sched_switch(ctx: BtfTracePointContext) -> i32 {
 fn switched_out(target: Watched, preempted: bool, settings: &Settings) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    if preempted || !target.clock.in_tick() {
+    if !target.clock.in_tick() {
         // What an idle thread waits for is its own poll.
         target.clock.switch_out(now, SwitchOut::Preempted);
         return;
     }
     let registers = user_registers();
-    let gil = registers.syscall == settings.futex_syscall
-        && (target.thread.gil[0].contains(registers.arg0) || target.thread.gil[1].contains(registers.arg0));
-    target.clock.switch_out(now, SwitchOut::Waits { syscall: registers.syscall, arg0: registers.arg0, gil });
-    target.clock.capture_pending = capture::take(&target, now, CaptureCause::Wait, registers) as u32;
+    let Some(buffer) = capture_buffer(target.thread.slot) else { return };
+    // Into memory at once, for a value in a register the verifier would go through the walk once for each.
+    buffer.record.arg0 = registers.arg0;
+    buffer.record.user_ip = registers.ip;
+    buffer.record.user_sp = registers.sp;
+    if preempted {
+        buffer.record.cause = CaptureCause::Preempted as u32;
+        buffer.record.syscall = SYSCALL_NONE;
+        target.clock.switch_out(now, SwitchOut::Preempted);
+    } else {
+        buffer.record.cause = CaptureCause::Wait as u32;
+        buffer.record.syscall = registers.syscall;
+        let gil = registers.syscall == settings.futex_syscall
+            && (target.thread.gil[0].contains(registers.arg0) || target.thread.gil[1].contains(registers.arg0));
+        target.clock.switch_out(now, SwitchOut::Waits { syscall: registers.syscall, arg0: registers.arg0, gil });
+    }
+    capture::take(&target, now, buffer);
+    target.clock.capture_pending = 1;
 }
 
 #[inline(always)]

@@ -1,0 +1,271 @@
+//! loopguard on real servers in the real kernel: who is blamed, and what becomes of the target.
+
+mod support;
+
+use std::{fs, path::Path, thread, time::Duration};
+
+use support::{Events, Server, Setup, Watching, alone, can_trace, line_of, pythons, signal};
+
+/// Long enough that nothing a healthy server does comes near it, on any machine.
+const BLOCK_MS: u32 = 300;
+const THRESHOLD: &str = "150ms";
+
+/// Everything that can block, with the function that does.
+const BLOCKERS: [(&str, &str); 7] = [
+    ("sleep", "block_sleep"),
+    ("cpu", "block_cpu"),
+    ("nested", "nested"),
+    ("lock", "block_lock"),
+    ("gather", "block_gather.<locals>.child"),
+    ("stream", "block_stream.<locals>.body"),
+    ("dependency", "dependency"),
+];
+
+/// The line of `function` in the test server that does the blocking, by the source itself.
+fn marked_line(mark: &str) -> u64 {
+    let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/app.py")).unwrap();
+    let index = source.lines().position(|line| line.ends_with(&format!("# line: {mark}"))).unwrap();
+    index as u64 + 1
+}
+
+/// Sends one request of every blocking kind, each while harmless ones are in flight.
+fn block_in_every_way(server: &Server) {
+    for (kind, _) in BLOCKERS {
+        thread::scope(|scope| {
+            for i in 0..4 {
+                scope.spawn(move || server.get(&format!("/fine/{kind}-{i}"), &format!("fine-{kind}-{i}")));
+            }
+            scope.spawn(move || {
+                let path = format!("/block/{kind}/{BLOCK_MS}?ms={BLOCK_MS}");
+                server.get(&path, &format!("block-{kind}"))
+            });
+        });
+    }
+}
+
+/// Every blocking request is named with its function; nobody harmless is; nothing is lost.
+fn assert_culprits(events: &Events, context: &str) {
+    for (kind, function) in BLOCKERS {
+        let id = format!("block-{kind}");
+        let named: Vec<_> = events.blocks_of(&id).collect();
+        assert!(!named.is_empty(), "{context}: {id} is not blamed: {:#?}", events.lines);
+        assert!(
+            named.iter().any(|block| line_of(block, function).is_some()),
+            "{context}: {id} without {function}: {named:#?}"
+        );
+    }
+    for block in events.blocks() {
+        // A machine that is short of processors holds up whoever runs: that is said as such.
+        let host = block["verdict"] == "host";
+        for request in block["requests"].as_array().unwrap() {
+            let id = request["id"].as_str().unwrap();
+            assert!(host || id.starts_with("block-"), "{context}: {id} is blamed: {block:#}");
+        }
+    }
+    events.assert_parts_add_up();
+    let summary = events.summary();
+    assert_eq!(summary["lost_records"], 0, "{context}: {summary}");
+    assert_eq!(summary["unsymbolized"], 0, "{context}: {summary}");
+    assert_eq!(events.status.code(), Some(0), "{context}: {}", events.messages);
+}
+
+#[test]
+fn the_culprit_is_named_on_every_interpreter_and_loop() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    for python in pythons() {
+        for event_loop in ["uvloop", "asyncio"] {
+            let setup = Setup { python: &python, server: "uvicorn-httptools", event_loop, environment: &[] };
+            let server = Server::start(&setup);
+            let watching = Watching::start(server.pid(), &["--threshold", THRESHOLD]);
+            let context = format!("{} {event_loop}", python.display());
+            assert!(watching.messages().contains("exact steps"), "{context}: {}", watching.messages());
+            block_in_every_way(&server);
+            let events = watching.stop();
+            assert_culprits(&events, &context);
+            let sleep = events.blocks_of("block-sleep").next().unwrap();
+            assert_eq!(line_of(sleep, "block_sleep"), Some(marked_line("block_sleep")), "{context}: {sleep:#}");
+            assert_eq!(sleep["requests"][0]["route"], "/block/sleep/{ms}", "{context}");
+            assert_eq!(sleep["requests"][0]["method"], "GET", "{context}");
+            assert_eq!(sleep["requests"][0]["path"], format!("/block/sleep/{BLOCK_MS}"), "{context}");
+            assert_eq!((&sleep["attribution"], &sleep["how"]), (&"exact".into(), &"asgi-frame".into()), "{context}");
+            assert_eq!(sleep["runtime"], event_loop, "{context}");
+            assert_eq!(sleep["waits"][0]["syscall"], "clock_nanosleep", "{context}: {sleep:#}");
+            let gather = events.blocks_of("block-gather").next().unwrap();
+            assert_eq!(gather["attribution"], "inferred", "{context}: {gather:#}");
+        }
+    }
+}
+
+#[test]
+fn every_server_and_middleware_shows_its_requests() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next_back() else { return };
+    let through_middleware: &[_] = &[("BASE_HTTP_MIDDLEWARE", "1")];
+    for (server, environment) in [
+        ("uvicorn-h11", &[][..]),
+        ("hypercorn", &[][..]),
+        ("uvicorn-httptools", through_middleware),
+    ] {
+        let setup = Setup { python: &python, server, event_loop: "asyncio", environment };
+        let running = Server::start(&setup);
+        let watching = Watching::start(running.pid(), &["--threshold", THRESHOLD]);
+        block_in_every_way(&running);
+        assert_culprits(&watching.stop(), &format!("{server} {environment:?}"));
+    }
+}
+
+#[test]
+fn without_step_probes_owners_are_inferred_and_still_right() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next() else { return };
+    let setup = Setup { python: &python, server: "uvicorn-httptools", event_loop: "uvloop", environment: &[] };
+    let server = Server::start(&setup);
+    let watching = Watching::start(server.pid(), &["--threshold", THRESHOLD, "--steps", "off"]);
+    assert!(watching.messages().contains("ticks only"), "{}", watching.messages());
+    block_in_every_way(&server);
+    let events = watching.stop();
+    assert_culprits(&events, "steps off");
+    assert!(events.blocks().all(|block| block["attribution"] != "exact"));
+}
+
+#[test]
+fn a_background_task_is_nobodys_request() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    for python in pythons() {
+        let environment: &[_] = &[("BACKGROUND_PERIOD_S", "0.2")];
+        let setup = Setup { python: &python, server: "uvicorn-httptools", event_loop: "uvloop", environment };
+        let server = Server::start(&setup);
+        let watching = Watching::start(server.pid(), &["--threshold", "70ms"]);
+        thread::scope(|scope| {
+            for client in 0..4 {
+                let server = &server;
+                scope.spawn(move || {
+                    for i in 0..20 {
+                        server.get(&format!("/fine/{i}"), &format!("fine-{client}-{i}"));
+                    }
+                });
+            }
+        });
+        let events = watching.stop();
+        let background: Vec<_> =
+            events.blocks().filter(|block| line_of(block, "background_blocker").is_some()).collect();
+        assert!(background.len() >= 2, "{:#?}", events.lines);
+        for block in background {
+            assert_eq!(block["requests"].as_array().map(Vec::len), Some(0), "{block:#}");
+            assert_eq!(block["task"], "background-blocker", "{block:#}");
+        }
+        events.assert_parts_add_up();
+    }
+}
+
+#[test]
+fn a_block_that_goes_on_is_shown_and_attaching_in_its_middle_works() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next_back() else { return };
+    for event_loop in ["asyncio", "uvloop"] {
+        let setup = Setup { python: &python, server: "uvicorn-h11", event_loop, environment: &[] };
+        let server = Server::start(&setup);
+        thread::scope(|scope| {
+            let server = &server;
+            let request = scope.spawn(move || server.get("/block/sleep/5000", "stuck"));
+            // The request is on its way into its sleep; the loop will not poll for seconds.
+            thread::sleep(Duration::from_millis(500));
+            let watching = Watching::start(server.pid(), &["--threshold", "100ms"]);
+            request.join().unwrap();
+            // One more poll, so that the step has ended.
+            server.get("/fine/after", "after");
+            let events = watching.stop();
+            let ongoing: Vec<_> = events.of_type("ongoing").collect();
+            assert!(!ongoing.is_empty(), "{event_loop}: {:#?}", events.lines);
+            for line in &ongoing {
+                assert_eq!(line["requests"][0]["id"], "stuck", "{event_loop}: {line:#}");
+                assert!(line_of(line, "block_sleep").is_some(), "{event_loop}: {line:#}");
+            }
+            assert_eq!(events.blocks_of("stuck").count(), 1, "{event_loop}: {:#?}", events.lines);
+        });
+    }
+}
+
+#[test]
+fn the_target_survives_the_death_of_loopguard_and_loopguard_that_of_the_target() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next() else { return };
+    let setup = Setup { python: &python, server: "uvicorn-httptools", event_loop: "uvloop", environment: &[] };
+    let server = Server::start(&setup);
+    let before = changed_code_pages(server.pid());
+
+    let watching = Watching::start(server.pid(), &["--threshold", THRESHOLD]);
+    server.get("/block/sleep/200", "first");
+    watching.kill();
+    assert!(server.get("/fine/alive", "alive").contains("200 OK"));
+    assert_eq!(changed_code_pages(server.pid()), before, "the target's code is as it was");
+
+    // Two at once, one after a crashed one: each sees what happens.
+    let (one, other) = (
+        Watching::start(server.pid(), &["--threshold", THRESHOLD]),
+        Watching::start(server.pid(), &["--threshold", THRESHOLD]),
+    );
+    server.get(&format!("/block/sleep/{BLOCK_MS}"), "seen-twice");
+    for events in [one.stop(), other.stop()] {
+        assert_eq!(events.blocks_of("seen-twice").count(), 1, "{:#?}", events.lines);
+    }
+
+    let watching = Watching::start(server.pid(), &["--threshold", THRESHOLD]);
+    server.get(&format!("/block/sleep/{BLOCK_MS}"), "last");
+    signal(server.pid(), libc::SIGKILL);
+    let events = watching.ended();
+    assert_eq!(events.blocks_of("last").count(), 1, "{:#?}", events.lines);
+    assert_eq!(events.status.code(), Some(0));
+    assert!(events.messages.contains("the process has ended"), "{}", events.messages);
+}
+
+/// The bytes of the functions that step probes go to, read from the process's memory.
+fn changed_code_pages(pid: u32) -> Vec<Vec<u8>> {
+    use loopguard::runtime::cpython::{StepProbe, find};
+    use std::os::unix::fs::FileExt as _;
+    let interpreter = find(pid).unwrap();
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    [StepProbe::ContextRun, StepProbe::ContextEnter]
+        .into_iter()
+        .map(|which| {
+            let site = interpreter.probe_site(which).unwrap();
+            // `/proc/PID/map_files/START-END` names a mapping of the file that holds the function.
+            let inode = |line: &str| line.split_whitespace().nth(4).map(str::to_owned);
+            let range = site.file.file_name().unwrap().to_str().unwrap().to_owned();
+            let file = maps.lines().find(|line| line.starts_with(&range)).and_then(inode).unwrap();
+            let (start, offset) = maps
+                .lines()
+                .filter(|line| inode(line).as_ref() == Some(&file))
+                .find_map(|line| {
+                    let mut fields = line.split_whitespace();
+                    let (start, end) = fields.next()?.split_once('-')?;
+                    let offset = u64::from_str_radix(fields.nth(1)?, 16).ok()?;
+                    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+                    (offset..offset + (end - start)).contains(&site.offset).then_some((start, offset))
+                })
+                .unwrap();
+            let mut bytes = vec![0; 16];
+            memory.read_exact_at(&mut bytes, start + site.offset - offset).unwrap();
+            bytes
+        })
+        .collect()
+}

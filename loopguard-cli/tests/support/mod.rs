@@ -1,0 +1,254 @@
+//! Servers to watch, requests to send, and loopguard watching: what the tests on real kernels share.
+
+use std::{
+    env, fs,
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+/// Nothing here takes long; what does is broken.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// One test at a time: a machine with two processors cannot serve, load and trace several servers at once.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether kernel programs can be loaded here. Says so when not; fails where that must not happen.
+pub fn can_trace() -> bool {
+    // SAFETY: no arguments, cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        return true;
+    }
+    assert!(
+        env::var_os("LOOPGUARD_REQUIRE_BPF").is_none_or(|value| value != "1"),
+        "LOOPGUARD_REQUIRE_BPF=1, but this is not root"
+    );
+    eprintln!("SKIPPED: loading kernel programs needs root");
+    false
+}
+
+/// Interpreters with FastAPI, uvicorn and hypercorn installed.
+pub fn pythons() -> Vec<PathBuf> {
+    let listed = env::var_os("LOOPGUARD_TEST_PYTHONS").unwrap_or_default();
+    let pythons: Vec<_> = env::split_paths(&listed).filter(|path| !path.as_os_str().is_empty()).collect();
+    assert!(
+        !pythons.is_empty() || env::var_os("LOOPGUARD_REQUIRE_BPF").is_none_or(|value| value != "1"),
+        "LOOPGUARD_REQUIRE_BPF=1, but LOOPGUARD_TEST_PYTHONS names no interpreter: run `cargo xtask test`"
+    );
+    if pythons.is_empty() {
+        eprintln!("SKIPPED: LOOPGUARD_TEST_PYTHONS names no interpreter: run `cargo xtask test`");
+    }
+    pythons
+}
+
+pub fn loopguard() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_loopguard"));
+    command.stdin(Stdio::null());
+    command
+}
+
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+pub struct Server {
+    pub child: Child,
+    pub port: u16,
+}
+
+/// What to run and how.
+pub struct Setup<'a> {
+    pub python: &'a Path,
+    pub server: &'a str,
+    pub event_loop: &'a str,
+    pub environment: &'a [(&'a str, &'a str)],
+}
+
+impl Server {
+    pub fn start(setup: &Setup) -> Self {
+        let port = free_port();
+        let app = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/app.py");
+        let child = Command::new(setup.python)
+            .arg(app)
+            .args([setup.server, setup.event_loop, &port.to_string()])
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .envs(setup.environment.iter().copied())
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut server = Self { child, port };
+        let started = Instant::now();
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(server.child.try_wait().unwrap().is_none(), "the server ended");
+            assert!(started.elapsed() < PATIENCE, "the server does not come up");
+            thread::sleep(Duration::from_millis(20));
+        }
+        // Imports that the first requests bring are no blocks of theirs.
+        for path in ["/fine/warm", "/block/stream/0", "/block/gather/0", "/block/dependency/0?ms=0", "/block/sleep/0"] {
+            server.get(path, "warm-up");
+        }
+        server
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a request and waits for its answer.
+    pub fn get(&self, path: &str, id: &str) -> String {
+        request(self.port, &format!("GET {path} HTTP/1.1\r\nhost: test\r\nx-request-id: {id}\r\nconnection: close\r\n\r\n"))
+    }
+}
+
+/// Sends bytes and reads the answer to its end.
+pub fn request(port: u16, text: &str) -> String {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let _ = stream.write_all(text.as_bytes());
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// loopguard attached to a server, its events in a file.
+pub struct Watching {
+    child: Child,
+    events: PathBuf,
+    messages: PathBuf,
+}
+
+impl Watching {
+    /// Returns once loopguard says that it watches a loop.
+    pub fn start(pid: u32, arguments: &[&str]) -> Self {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        let name = format!("{}-{number}", std::process::id());
+        let (events, messages) = (folder.join(format!("{name}.jsonl")), folder.join(format!("{name}.messages")));
+        let child = loopguard()
+            .args(["attach", "--pid", &pid.to_string(), "--format", "jsonl", "--output"])
+            .arg(&events)
+            .args(arguments)
+            .stderr(fs::File::create(&messages).unwrap())
+            .spawn()
+            .unwrap();
+        let mut watching = Self { child, events, messages };
+        let started = Instant::now();
+        while !watching.messages().contains("watching process") {
+            assert!(watching.child.try_wait().unwrap().is_none(), "loopguard ended: {}", watching.messages());
+            assert!(started.elapsed() < PATIENCE, "loopguard sees no loop: {}", watching.messages());
+            thread::sleep(Duration::from_millis(10));
+        }
+        watching
+    }
+
+    pub fn messages(&self) -> String {
+        fs::read_to_string(&self.messages).unwrap_or_default()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Asks loopguard to stop, as Ctrl-C does, and returns what it wrote.
+    pub fn stop(mut self) -> Events {
+        signal(self.pid(), libc::SIGINT);
+        let status = wait(&mut self.child);
+        self.finish(status)
+    }
+
+    /// Waits for loopguard to end by itself.
+    pub fn ended(mut self) -> Events {
+        let status = wait(&mut self.child);
+        self.finish(status)
+    }
+
+    /// Ends loopguard without any chance to clean up.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn finish(&self, status: ExitStatus) -> Events {
+        let text = fs::read_to_string(&self.events).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str(line).expect("every line is JSON")).collect();
+        Events { status, lines, messages: self.messages() }
+    }
+}
+
+pub fn signal(pid: u32, signal: i32) {
+    // SAFETY: a signal to a process of this test.
+    assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0);
+}
+
+pub fn wait(child: &mut Child) -> ExitStatus {
+    let started = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        assert!(started.elapsed() < PATIENCE, "still running");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// What loopguard wrote.
+pub struct Events {
+    pub status: ExitStatus,
+    pub lines: Vec<Value>,
+    pub messages: String,
+}
+
+impl Events {
+    pub fn of_type<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Value> {
+        self.lines.iter().filter(move |line| line["type"] == name)
+    }
+
+    pub fn blocks(&self) -> impl Iterator<Item = &Value> {
+        self.of_type("block")
+    }
+
+    pub fn summary(&self) -> &Value {
+        let last = self.lines.last().expect("a summary at least");
+        assert_eq!(last["type"], "summary");
+        last
+    }
+
+    /// Blocks that name this request, and nobody else.
+    pub fn blocks_of<'a>(&'a self, id: &'a str) -> impl Iterator<Item = &'a Value> {
+        self.blocks().filter(move |block| {
+            block["requests"].as_array().is_some_and(|requests| requests.len() == 1 && requests[0]["id"] == id)
+        })
+    }
+
+    /// The parts of every block add up to its duration, within one percent.
+    pub fn assert_parts_add_up(&self) {
+        for block in self.blocks() {
+            let ms = |field: &str| block[field].as_f64().unwrap();
+            let sum = ms("on_cpu_ms") + ms("waiting_ms") + ms("gil_ms") + ms("run_queue_ms");
+            assert!((sum - ms("duration_ms")).abs() <= ms("duration_ms") * 0.01, "{block}");
+        }
+    }
+}
+
+/// Whether a function of this name stands in the block's stack, and at which line.
+pub fn line_of(block: &Value, function: &str) -> Option<u64> {
+    let frames = block["stack"].as_array()?;
+    frames.iter().find(|frame| frame["function"] == function)?["line"].as_u64()
+}
