@@ -89,13 +89,14 @@ fn look_at_machine(findings: &mut Findings) {
         findings.add(
             Level::Fine,
             "tracefs",
-            format!(
-                "not mounted; loopguard mounts it for itself, or: mount -t tracefs nodev {} ",
-                kernel::TRACEFS
-            ),
+            format!("not mounted; loopguard mounts it for itself, or: mount -t tracefs nodev {} ", kernel::TRACEFS),
         );
     } else {
-        findings.add(Level::Broken, "tracefs", "not in this kernel: CONFIG_FTRACE and CONFIG_FTRACE_SYSCALLS are needed");
+        findings.add(
+            Level::Broken,
+            "tracefs",
+            "not in this kernel: CONFIG_FTRACE and CONFIG_FTRACE_SYSCALLS are needed",
+        );
     }
     for (name, held) in target::privileges() {
         if held {

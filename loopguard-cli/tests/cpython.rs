@@ -4,6 +4,7 @@
 //! * Replays need nothing. Their images are in `tests/images/`; to record them again (needs ptrace access to the
 //!   children, so usually root):
 //!   `LOOPGUARD_PYTHONS=... cargo test -p loopguard --test cpython -- --ignored record`
+//!   Lines are looked up in the program, so after a change to it they must be recorded again.
 //! * Live tests need ptrace access as well, and interpreters: `LOOPGUARD_PYTHONS` is a colon-separated list of commands
 //!   (`chroot DIR /usr/bin/python3.14` is one), else pyenv's, else `python3`.
 
@@ -79,7 +80,7 @@ fn expectations() -> Vec<Expected> {
         ("serve", line("await GLOBAL_MODES[mode]()")),
     ]);
     all.push(Expected { mode: "closure", frames, request: PATH, task: Some("serve"), request_of_task: PATH });
-    for mode in ["task", "gather", "group", "wait", "wait_for", "grandchild", "run_asgi"] {
+    for mode in ["task", "gather", "group", "wait", "wait_for", "grandchild", "run_asgi", "anyio"] {
         let frames = innermost();
         all.push(Expected { mode, frames, request: None, task: Some("middle"), request_of_task: PATH });
     }

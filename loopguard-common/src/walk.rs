@@ -113,16 +113,16 @@ pub fn walk_frames<M: Memory>(
     out.frame_count = 0;
     out.task = 0;
     scratch.scopes = [0; SCOPE_CANDIDATES];
-    if memory.read_u64(thread.state + layout.ts_native_thread_id as u64) != thread.native_thread_id {
+    if memory.read_u64(thread.state.wrapping_add(layout.ts_native_thread_id as u64)) != thread.native_thread_id {
         out.walk = WalkStatus::NotThisThread as u32;
         return;
     }
     if layout.ts_running_task != ABSENT {
-        out.task = memory.read_u64(thread.state + layout.ts_running_task as u64);
+        out.task = memory.read_u64(thread.state.wrapping_add(layout.ts_running_task as u64));
     }
-    let mut frame = memory.read_u64(thread.state + layout.ts_frame as u64);
+    let mut frame = memory.read_u64(thread.state.wrapping_add(layout.ts_frame as u64));
     if layout.cframe_frame != ABSENT {
-        frame = memory.read_u64(frame + layout.cframe_frame as u64);
+        frame = memory.read_u64(frame.wrapping_add(layout.cframe_frame as u64));
     }
     let mut status = WalkStatus::TooDeep;
     let mut count = 0;
@@ -139,7 +139,7 @@ pub fn walk_frames<M: Memory>(
         let code = field(&scratch.words, layout.frame_executable) & !3;
         if owner < layout.shim_owner as u64 {
             let mut names = [0u64; 2];
-            memory.read(code + layout.code_qualname as u64, &mut names);
+            memory.read(code.wrapping_add(layout.code_qualname as u64), &mut names);
             out.frames[i] = RawFrame {
                 code,
                 instr: field(&scratch.words, layout.frame_instr),
@@ -186,13 +186,13 @@ fn note_scope<M: Memory>(memory: &M, layout: &PyLayout, local: u64, scopes: &mut
     if object < 4096 || object == scopes[0] {
         return;
     }
-    let mut of_type = memory.read_u64(object + layout.ob_type as u64);
+    let mut of_type = memory.read_u64(object.wrapping_add(layout.ob_type as u64));
     if of_type == layout.cell_type {
-        object = memory.read_u64(object + layout.cell_ref as u64);
+        object = memory.read_u64(object.wrapping_add(layout.cell_ref as u64));
         if object < 4096 || object == scopes[0] {
             return;
         }
-        of_type = memory.read_u64(object + layout.ob_type as u64);
+        of_type = memory.read_u64(object.wrapping_add(layout.ob_type as u64));
     }
     if of_type == layout.dict_type {
         scopes[2] = scopes[1];
@@ -256,14 +256,14 @@ const fn key(name: &[u8]) -> u64 {
 #[inline(always)]
 fn find_fields<M: Memory>(memory: &M, layout: &PyLayout, dict: u64, scratch: &mut Scratch) {
     scratch.fields = ScopeFields { kind: 0, path: 0, method: 0, headers: 0, client: 0, route: 0 };
-    let keys = memory.read_u64(dict + layout.dict_keys as u64);
+    let keys = memory.read_u64(dict.wrapping_add(layout.dict_keys as u64));
     let mut header = [0u64; 4];
     if !memory.read(keys, &mut header) {
         return;
     }
     let log2_index_bytes = (header[1] >> 8) & 31;
     let general = (header[1] >> 16) & 0xff == 0;
-    let entries = keys + 32 + (1 << log2_index_bytes);
+    let entries = keys.wrapping_add(32 + (1 << log2_index_bytes));
     let count = header[3];
     // A general table's entries begin with the hash.
     let (stride, first) = if general { (24, 8) } else { (16, 0) };
@@ -272,7 +272,7 @@ fn find_fields<M: Memory>(memory: &M, layout: &PyLayout, dict: u64, scratch: &mu
             break;
         }
         let mut entry = [0u64; 2];
-        if !memory.read(entries + i * stride + first, &mut entry) {
+        if !memory.read(entries.wrapping_add(i * stride + first), &mut entry) {
             break;
         }
         if entry[0] == 0 || entry[1] == 0 || !memory.read(entry[0], key_words(&mut scratch.words)) {
@@ -323,10 +323,10 @@ fn copy_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch,
     out.client_port = 0;
     out.client_host[16] = 0;
     let mut client = [0u64; 2];
-    if scratch.request.client != 0 && memory.read(scratch.request.client + layout.tuple_items as u64, &mut client) {
+    if scratch.request.client != 0 && memory.read(scratch.request.client.wrapping_add(layout.tuple_items as u64), &mut client) {
         copy_object(memory, client[0], &mut out.client_host);
         let mut port = 0u32;
-        memory.read(client[1] + layout.long_digit as u64, &mut port);
+        memory.read(client[1].wrapping_add(layout.long_digit as u64), &mut port);
         out.client_port = port;
     } else {
         clear(&mut out.client_host);
@@ -334,16 +334,16 @@ fn copy_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch,
     clear(&mut out.request_id);
     clear(&mut out.traceparent);
     let headers = scratch.request.headers;
-    let count = memory.read_u64(headers + layout.var_size as u64);
-    let items = memory.read_u64(headers + layout.list_items as u64);
+    let count = memory.read_u64(headers.wrapping_add(layout.var_size as u64));
+    let items = memory.read_u64(headers.wrapping_add(layout.list_items as u64));
     for i in 0..MAX_HEADERS as u64 {
         if i >= count {
             break;
         }
-        let pair = memory.read_u64(items + i * 8);
+        let pair = memory.read_u64(items.wrapping_add(i * 8));
         let mut header = [0u64; 2];
         if pair == 0
-            || !memory.read(pair + layout.tuple_items as u64, &mut header)
+            || !memory.read(pair.wrapping_add(layout.tuple_items as u64), &mut header)
             || !memory.read(header[0], key_words(&mut scratch.words))
         {
             continue;

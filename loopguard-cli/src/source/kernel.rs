@@ -1,12 +1,6 @@
 //! Owns the kernel programs: loads them, tells them what to watch, and reads their maps.
 
-use std::{
-    collections::HashMap as StdHashMap,
-    fs, io,
-    num::NonZeroU32,
-    path::Path,
-    thread,
-};
+use std::{collections::HashMap as StdHashMap, fs, io, num::NonZeroU32, path::Path, thread};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
@@ -25,7 +19,10 @@ use loopguard_common::{
 };
 
 use super::btf;
-use crate::{core::event::Tid, runtime::cpython::{ProbeSite, StepProbe}};
+use crate::{
+    core::event::Tid,
+    runtime::cpython::{ProbeSite, StepProbe},
+};
 
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without the BPF toolchain.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LOOPGUARD_BPF_OBJECT"));
@@ -243,9 +240,8 @@ impl Kernel {
     }
 
     pub fn counts(&self) -> Counts {
-        let total = |counter: Counter| {
-            self.counts.get(&(counter as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum::<u64>())
-        };
+        let total =
+            |counter: Counter| self.counts.get(&(counter as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum::<u64>());
         Counts {
             lost: total(Counter::Lost),
             sent: total(Counter::Sent),

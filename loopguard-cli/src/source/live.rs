@@ -4,12 +4,7 @@
 //! kernel copies what it can on the spot; the rest is read from here and kept only if the thread's step counter shows
 //! that the same step was still running afterwards.
 
-use std::{
-    collections::HashMap,
-    io,
-    os::fd::OwnedFd,
-    sync::Arc,
-};
+use std::{collections::HashMap, io, os::fd::OwnedFd, sync::Arc};
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{MapData, RingBuf};
@@ -522,7 +517,8 @@ impl Live {
             live.targets[&known.info.pid].ended
                 || !std::path::Path::new(&format!("/proc/{}/task/{}", known.info.pid, known.info.tid)).exists()
         };
-        let tids: Vec<Tid> = self.loops.values().filter(|known| gone(self, known)).map(|known| known.info.tid).collect();
+        let tids: Vec<Tid> =
+            self.loops.values().filter(|known| gone(self, known)).map(|known| known.info.tid).collect();
         for tid in tids {
             if let Some(known) = self.loops.remove(&tid) {
                 self.finished.push(self.totals(&known));
@@ -602,7 +598,9 @@ struct Found {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LoopFrames {
     /// asyncio's own loop; `polls`: it is in its poll, not in a step.
-    Asyncio { polls: bool },
+    Asyncio {
+        polls: bool,
+    },
     /// Started by `asyncio.run` or its like, the loop itself has no Python frames.
     Runner,
     None,

@@ -90,7 +90,10 @@ mod tests {
     fn what_can_never_work_is_said_plainly() {
         let said = |pid| check(pid).unwrap_err().to_string();
         assert_eq!(said(u32::MAX), "there is no process 4294967295");
-        assert_eq!(check_architecture(7, (1, 3)).unwrap_err().to_string().split(';').next(), Some("process 7 is a 32-bit program"));
+        assert_eq!(
+            check_architecture(7, (1, 3)).unwrap_err().to_string().split(';').next(),
+            Some("process 7 is a 32-bit program")
+        );
         assert!(check_architecture(7, (2, 8)).is_err());
     }
 }

@@ -25,15 +25,14 @@ const KEYS_SPLIT: u8 = 2;
 const TYPE_NAME: u64 = 24;
 const TYPE_BASIC_SIZE: u64 = 32;
 const TYPE_FLAGS: u64 = 168;
-const TYPE_DICT_OFFSET: u64 = 288;
+const TYPE_MEMBERS: u64 = 240;
 const TYPE_BASE: u64 = 256;
-const TYPE_DICT: u64 = 264;
-/// `PyMemberDescrObject.d_member` and `PyMemberDef.offset`.
-const DESCRIPTOR_MEMBER: u64 = 40;
-const MEMBER_OFFSET: u64 = 16;
-/// Base classes that are looked through for a slot.
+const TYPE_DICT_OFFSET: u64 = 288;
+/// Bytes of a `PyMemberDef`, and the type of one that is a slot (`Py_T_OBJECT_EX`).
+const MEMBER_DEF: u64 = 40;
+const MEMBER_OBJECT: u64 = 16;
+const MAX_MEMBERS: u64 = 64;
 const MAX_BASES: usize = 8;
-const FLAG_HEAP_TYPE: u64 = 1 << 9;
 const FLAG_INLINE_VALUES: u64 = 1 << 2;
 const FLAG_MANAGED_DICT: u64 = 1 << 4;
 
@@ -217,38 +216,41 @@ impl Interpreter {
         entries.iter().find(|(key, _)| self.is_str(*key, name)).map(|(_, value)| *value)
     }
 
-    /// An attribute that the instance itself holds, in its dict or in a slot: nothing of its class is called.
+    /// An attribute that the instance itself holds, in its dict or a slot: nothing of its class, and nothing computed.
     pub(super) fn attribute(&self, object: u64, name: &str) -> Result<Option<u64>, Fault> {
-        match self.attribute_in_dict(object, name)? {
-            Some(value) => Ok(Some(value)),
-            None => self.attribute_in_slot(object, name),
+        match self.dict_attribute(object, name)? {
+            None => self.slot(object, name),
+            value => Ok(value),
         }
     }
 
-    /// A name of `__slots__`: its class, or one of the bases, has a member descriptor that tells the offset
-    /// (`PyMemberDescrObject` in `cpython/descrobject.h`).
-    fn attribute_in_slot(&self, object: u64, name: &str) -> Result<Option<u64>, Fault> {
+    /// The value in one of the type's or its bases' `__slots__`.
+    fn slot(&self, object: u64, name: &str) -> Result<Option<u64>, Fault> {
         let mut of_type = self.type_of(object)?;
         for _ in 0..MAX_BASES {
-            if of_type == 0 || self.memory.field(of_type, TYPE_FLAGS)? & FLAG_HEAP_TYPE == 0 {
+            if of_type == 0 {
                 break;
             }
-            let dict = self.memory.field(of_type, TYPE_DICT)?;
-            if let Some(descriptor) = self.dict_get(dict, name)? {
-                if self.type_name(descriptor)? != "member_descriptor" {
+            let members = self.memory.field(of_type, TYPE_MEMBERS)?;
+            for n in 0..MAX_MEMBERS {
+                if members == 0 {
                     break;
                 }
-                let member = self.memory.field(descriptor, DESCRIPTOR_MEMBER)?;
-                let offset = self.memory.field(member, MEMBER_OFFSET)?;
-                let value = if offset < 1 << 16 { self.memory.field(object, offset)? } else { 0 };
-                return Ok((value != 0).then_some(value));
+                // Name, type, offset: the start of a `PyMemberDef` (`descrobject.h`).
+                let member = self.memory.words(members.wrapping_add(n * MEMBER_DEF), 3)?;
+                match member[0] {
+                    0 => break,
+                    of if self.memory.c_string(of, MAX_NAME)? != name => {}
+                    _ if member[1] & 0xffff_ffff != MEMBER_OBJECT => return Ok(None),
+                    _ => return Ok(Some(self.memory.field(object, member[2])?).filter(|&value| value != 0)),
+                }
             }
             of_type = self.memory.field(of_type, TYPE_BASE)?;
         }
         Ok(None)
     }
 
-    fn attribute_in_dict(&self, object: u64, name: &str) -> Result<Option<u64>, Fault> {
+    fn dict_attribute(&self, object: u64, name: &str) -> Result<Option<u64>, Fault> {
         let of_type = self.type_of(object)?;
         let flags = self.memory.field(of_type, TYPE_FLAGS)?;
         if flags & FLAG_MANAGED_DICT == 0 {

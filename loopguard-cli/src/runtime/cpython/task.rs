@@ -23,6 +23,8 @@ const MAX_VISITED: usize = 64;
 const MAX_CHAIN: usize = 64;
 /// Callbacks of a future that are looked at.
 const MAX_CALLBACKS: u64 = 8;
+/// Cells of a callback that are looked at.
+const MAX_CELLS: usize = 16;
 const MAX_NAME: usize = 256;
 /// Values on a frame's stack; more is a sign of a wrong frame.
 const MAX_STACK: u64 = 1 << 16;
@@ -285,7 +287,7 @@ impl Interpreter {
             return described;
         }
         let callbacks = self.callbacks(future).unwrap_or_default();
-        callbacks.into_iter().filter_map(|callback| self.awaiter_behind(future, callback).ok()?).collect()
+        callbacks.into_iter().flat_map(|callback| self.awaiters_behind(future, callback).unwrap_or_default()).collect()
     }
 
     /// 3.14 on: a future knows who awaits it, one object or a set of them.
@@ -321,50 +323,48 @@ impl Interpreter {
         Ok(callbacks)
     }
 
-    /// The task or future that a done callback of `future` wakes.
-    fn awaiter_behind(&self, future: u64, callback: u64) -> Result<Option<u64>, Fault> {
+    /// The tasks or futures that a done callback of `future` wakes.
+    fn awaiters_behind(&self, future: u64, callback: u64) -> Result<Vec<u64>, Fault> {
         let second = || self.memory.field(callback, SECOND_FIELD);
-        let awaiter = match self.type_name(callback)?.as_str() {
+        let mut awaiters = match self.type_name(callback)?.as_str() {
             // `task_wakeup` of the awaiting task.
-            "builtin_function_or_method" => second()?,
+            "builtin_function_or_method" => vec![second()?],
             // `TaskGroup._on_task_done`, or the wake-up of a task written in Python.
             "method" => match second()? {
-                owner if self.is_task(owner) => owner,
-                owner => self.attribute(owner, "_parent_task")?.unwrap_or(0),
+                owner if self.is_task(owner) => vec![owner],
+                owner => self.attribute(owner, "_parent_task")?.into_iter().collect(),
             },
             // The inner functions of `gather`, `wait` and `shield`, which keep the outer future in a cell.
-            "function" => self.future_in_closure(future, callback)?.unwrap_or(0),
+            "function" => self.futures_in_closure(callback)?,
             // `wait_for` before 3.12.
-            "partial" => self.tuple(second()?, 1)?.first().copied().unwrap_or(0),
-            _ => 0,
+            "partial" => self.tuple(second()?, 1)?,
+            _ => Vec::new(),
         };
-        Ok((awaiter != future && self.is_future(awaiter)).then_some(awaiter))
+        awaiters.retain(|&awaiter| awaiter != future && self.is_future(awaiter));
+        Ok(awaiters)
     }
 
-    fn future_in_closure(&self, future: u64, function: u64) -> Result<Option<u64>, Fault> {
+    fn futures_in_closure(&self, function: u64) -> Result<Vec<u64>, Fault> {
         let closure = self.memory.field(function, FUNCTION_CLOSURE)?;
         if closure == 0 || self.type_name(closure)? != "tuple" {
-            return Ok(None);
+            return Ok(Vec::new());
         }
-        let mut found = None;
-        for cell in self.tuple(closure, 16)? {
+        let mut found = Vec::new();
+        for cell in self.tuple(closure, MAX_CELLS)? {
             let value = self.cell(cell);
-            if value == 0 || value == future {
+            if value == 0 {
                 continue;
             }
-            let value = match self.type_name(value)?.as_str() {
-                // anyio's task group: the task that opened its cancel scope.
-                "TaskGroup" => match self.attribute(value, "cancel_scope")? {
-                    Some(scope) => self.attribute(scope, "_host_task")?.unwrap_or(0),
-                    None => 0,
-                },
-                name if name.ends_with("Future") => value,
-                _ => continue,
-            };
-            if found.is_some_and(|found| found != value) {
-                return Ok(None);
+            match self.type_name(value)?.as_str() {
+                // anyio's: the task that opened its cancel scope.
+                "TaskGroup" => {
+                    if let Some(scope) = self.attribute(value, "cancel_scope")? {
+                        found.extend(self.attribute(scope, "_host_task")?);
+                    }
+                }
+                name if name.ends_with("Future") => found.push(value),
+                _ => {}
             }
-            found = Some(value);
         }
         Ok(found)
     }
