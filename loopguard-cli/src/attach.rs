@@ -131,7 +131,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
         ticks: live.loops().iter().map(|totals| (totals.info.tid, totals.ticks)).collect::<BTreeMap<_, _>>(),
         lost_records: live.counts().lost,
         unsymbolized: live.unsymbolized(),
-        self_cpu: Duration::from_secs_f64(process::own_cpu_ms() / 1e3),
+        self_cpu: process::own_cpu() + live.kernel_cpu(),
     };
     let summary = profile.summary(&measured);
     sink.finish(&summary).map_err(output_error)?;

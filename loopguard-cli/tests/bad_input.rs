@@ -115,10 +115,7 @@ fn an_output_that_cannot_be_written() {
     let pid = std::process::id().to_string();
     check_refused(&["attach", "--pid", &pid, "--output", "/nowhere/at/all"], &["cannot write to /nowhere/at/all"]);
     // The summary alone does not fit on a full disk.
-    check_refused(
-        &["attach", "--pid", &pid, "--duration", "200ms", "--output", "/dev/full"],
-        &["no space left"],
-    );
+    check_refused(&["attach", "--pid", &pid, "--duration", "200ms", "--output", "/dev/full"], &["no space left"]);
 }
 
 #[test]
@@ -208,11 +205,9 @@ fn hostile_requests_stay_one_line_of_json_and_harmless_text() {
         .unwrap();
     // Both are attached when a block shows in the file; the text one starts at the same time or is late at worst.
     thread::sleep(Duration::from_millis(1500));
-    for (id, padding) in [
-        ("\x1b[2J\x07bell", String::new()),
-        ("inv\u{202e}alid", String::new()),
-        ("long", "x".repeat(30_000)),
-    ] {
+    for (id, padding) in
+        [("\x1b[2J\x07bell", String::new()), ("inv\u{202e}alid", String::new()), ("long", "x".repeat(30_000))]
+    {
         // The server may refuse some of these; what it serves must not hurt.
         request(
             server.port,

@@ -107,11 +107,9 @@ fn every_server_and_middleware_shows_its_requests() {
     }
     let Some(python) = pythons().into_iter().next_back() else { return };
     let through_middleware: &[_] = &[("BASE_HTTP_MIDDLEWARE", "1")];
-    for (server, environment) in [
-        ("uvicorn-h11", &[][..]),
-        ("hypercorn", &[][..]),
-        ("uvicorn-httptools", through_middleware),
-    ] {
+    for (server, environment) in
+        [("uvicorn-h11", &[][..]), ("hypercorn", &[][..]), ("uvicorn-httptools", through_middleware)]
+    {
         let setup = Setup { python: &python, server, event_loop: "asyncio", environment };
         let running = Server::start(&setup);
         let watching = Watching::start(running.pid(), &["--threshold", THRESHOLD]);

@@ -364,9 +364,10 @@ mod tests {
     fn a_nested_context_run_is_the_same_step() {
         check("10 poll-returns\n 11 step 1000\n 20 step 900\n 40 polls", &["10..11 cpu 1", "11..40 cpu 29"]);
         // The next tick may begin deeper: nothing of the last one counts.
-        check("1 poll-returns\n 1 step 900\n 2 polls\n 3 poll-returns\n 4 step 800\n 9 polls", &[
-            "1..1", "1..2 cpu 1", "3..4 cpu 1", "4..9 cpu 5",
-        ]);
+        check(
+            "1 poll-returns\n 1 step 900\n 2 polls\n 3 poll-returns\n 4 step 800\n 9 polls",
+            &["1..1", "1..2 cpu 1", "3..4 cpu 1", "4..9 cpu 5"],
+        );
     }
 
     #[test]
@@ -394,17 +395,19 @@ mod tests {
         for i in 0..12 {
             story += &format!("{} sleeps {i}\n {} runs\n", 1 + i * 2, 2 + i * 2);
         }
-        check(&(story + "30 polls"), &[
-            "0..30 cpu 18 wait 12 [0x1 1] [1x1 1] [2x1 1] [3x1 1] [4x1 1] [5x1 1] [6x1 1] [-2x5 5]",
-        ]);
+        check(
+            &(story + "30 polls"),
+            &["0..30 cpu 18 wait 12 [0x1 1] [1x1 1] [2x1 1] [3x1 1] [4x1 1] [5x1 1] [6x1 1] [-2x5 5]"],
+        );
         check("0 poll-returns\n 1 sleeps 1\n 2 runs\n 3 sleeps 1\n 5 runs\n 6 polls", &["0..6 cpu 3 wait 3 [1x2 3]"]);
     }
 
     #[test]
     fn idling_is_nobodys_time() {
-        check("0 poll-returns\n 1 polls\n 2 preempted\n 50 woken\n 60 runs\n 61 poll-returns\n 63 polls", &[
-            "0..1 cpu 1", "61..63 cpu 2",
-        ]);
+        check(
+            "0 poll-returns\n 1 polls\n 2 preempted\n 50 woken\n 60 runs\n 61 poll-returns\n 63 polls",
+            &["0..1 cpu 1", "61..63 cpu 2"],
+        );
     }
 
     #[test]

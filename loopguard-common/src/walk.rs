@@ -323,7 +323,9 @@ fn copy_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch,
     out.client_port = 0;
     out.client_host[16] = 0;
     let mut client = [0u64; 2];
-    if scratch.request.client != 0 && memory.read(scratch.request.client.wrapping_add(layout.tuple_items as u64), &mut client) {
+    if scratch.request.client != 0
+        && memory.read(scratch.request.client.wrapping_add(layout.tuple_items as u64), &mut client)
+    {
         copy_object(memory, client[0], &mut out.client_host);
         let mut port = 0u32;
         memory.read(client[1].wrapping_add(layout.long_digit as u64), &mut port);

@@ -95,8 +95,7 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
     if let Some(layout) = unsafe { LAYOUTS.get(target.thread.tgid) }
         && target.thread.thread_state != 0
     {
-        let thread =
-            PyThread { state: target.thread.thread_state, native_thread_id: target.thread.native_thread_id };
+        let thread = PyThread { state: target.thread.thread_state, native_thread_id: target.thread.native_thread_id };
         walk_frames(&OwnMemory, layout, thread, scratch, record);
         if record.walk == WalkStatus::NotThisThread as u32 {
             count(Counter::Stale);

@@ -1,9 +1,7 @@
 //! The edges of ticks: a loop thread's calls of `epoll_wait` and its variants on its own epoll descriptor.
 
 use aya_ebpf::{
-    helpers::bpf_get_current_pid_tgid,
-    helpers::generated::bpf_ktime_get_ns,
-    macros::tracepoint,
+    helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::tracepoint,
     programs::TracePointContext,
 };
 use loopguard_common::records::{PollRecord, RecordHeader, RecordKind};

@@ -1,18 +1,12 @@
 //! Steps: one task's code between two awaits, marked by probes on the interpreter's way into a task's context.
 
 use aya_ebpf::{
-    EbpfContext as _,
-    bindings::pt_regs,
-    helpers::bpf_get_current_pid_tgid,
-    helpers::generated::bpf_ktime_get_ns,
-    macros::uprobe,
-    programs::ProbeContext,
+    EbpfContext as _, bindings::pt_regs, helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns,
+    macros::uprobe, programs::ProbeContext,
 };
 use loopguard_common::{
     clock::EndedStep,
-    records::{
-        RecordHeader, STEP_PROBED, THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST,
-    },
+    records::{RecordHeader, STEP_PROBED, THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST},
 };
 
 use crate::{

@@ -3,12 +3,12 @@
 use std::mem::{MaybeUninit, offset_of, size_of};
 
 use loopguard_common::records::{
-    CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, RawFrame, RecordHeader, RecordKind, StepRecord,
+    CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, RawFrame, RecordKind, StepRecord,
 };
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Record {
-    Step(StepRecord),
+    Step(Box<StepRecord>),
     Capture(Box<CaptureRecord>),
     Poll(PollRecord),
 }
@@ -24,10 +24,11 @@ pub struct UnknownRecord {
 pub fn decode(bytes: &[u8]) -> Result<Record, UnknownRecord> {
     let kind = bytes.first_chunk::<4>().map_or(0, |word| u32::from_ne_bytes(*word));
     let unknown = UnknownRecord { kind, length: bytes.len() };
-    // SAFETY (each): these structs are integers through and through, so any bytes are a value.
     if kind == RecordKind::Step as u32 {
-        unsafe { whole::<StepRecord>(bytes) }.map(Record::Step).ok_or(unknown)
+        // SAFETY: integers through and through, so any bytes are a value.
+        unsafe { whole::<StepRecord>(bytes) }.map(|record| Record::Step(Box::new(record))).ok_or(unknown)
     } else if kind == RecordKind::Poll as u32 {
+        // SAFETY: as above.
         unsafe { whole::<PollRecord>(bytes) }.map(Record::Poll).ok_or(unknown)
     } else if kind == RecordKind::Capture as u32 {
         capture(bytes).map(Record::Capture).ok_or(unknown)
@@ -58,9 +59,6 @@ fn capture(bytes: &[u8]) -> Option<Box<CaptureRecord>> {
         Some(record.assume_init())
     }
 }
-
-/// The header any record begins with.
-pub const HEADER: usize = size_of::<RecordHeader>();
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,8 @@
 //! Owns the kernel programs: loads them, tells them what to watch, and reads their maps.
 
-use std::{collections::HashMap as StdHashMap, fs, io, num::NonZeroU32, path::Path, thread};
+use std::{
+    collections::HashMap as StdHashMap, fs, io, num::NonZeroU32, os::fd::OwnedFd, path::Path, thread, time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
@@ -11,6 +13,7 @@ use aya::{
         perf_event::{PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
         uprobe::{UProbeLinkId, UProbeScope},
     },
+    sys::{Stats, enable_stats},
 };
 use loopguard_common::{
     clock::LoopClock,
@@ -250,6 +253,12 @@ impl Kernel {
         }
     }
 
+    /// CPU time of all programs while the kernel's statistics were on (see [`measure_run_time`]).
+    pub fn run_time(&self) -> Duration {
+        let infos = self.bpf.programs().filter_map(|(_, program)| program.info().ok());
+        infos.map(|info| info.run_time()).sum()
+    }
+
     fn mark(&mut self, id: u32, watch: bool) -> Result<()> {
         let entry = self.ids.entry(id).or_default();
         *entry = if watch { *entry + 1 } else { entry.saturating_sub(1) };
@@ -289,6 +298,12 @@ fn program_mut<'a>(bpf: &'a mut Ebpf, name: &str) -> Result<&'a mut aya::program
 }
 
 pub const TRACEFS: &str = "/sys/kernel/tracing";
+
+/// Has the kernel measure the run time of BPF programs until the handle is dropped; each run costs a little more
+/// meanwhile.
+pub fn measure_run_time() -> Option<OwnedFd> {
+    enable_stats(Stats::RunTime).ok()
+}
 
 /// Loads everything and lets go of it again.
 pub fn try_load() -> Result<()> {

@@ -4,7 +4,7 @@
 //! kernel copies what it can on the spot; the rest is read from here and kept only if the thread's step counter shows
 //! that the same step was still running afterwards.
 
-use std::{collections::HashMap, io, os::fd::OwnedFd, sync::Arc};
+use std::{collections::HashMap, io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{MapData, RingBuf};
@@ -18,6 +18,7 @@ use loopguard_common::{
 use tokio::io::unix::AsyncFd;
 
 use super::{
+    cost::CostMeter,
     decode::{Record, decode},
     kernel::{Counts, Kernel, Standing, Wanted},
     process, syscall,
@@ -54,6 +55,7 @@ pub struct Live {
     options: Options,
     targets: HashMap<u32, Target>,
     loops: HashMap<Tid, Loop>,
+    cost: CostMeter,
     /// What happened and did not fit into events: for the person at the terminal.
     notices: Vec<String>,
     /// What loops that are gone had done.
@@ -124,6 +126,7 @@ impl Live {
             options,
             targets: HashMap::new(),
             loops: HashMap::new(),
+            cost: CostMeter::default(),
             notices: Vec::new(),
             finished: Vec::new(),
             unsymbolized: 0,
@@ -404,7 +407,7 @@ impl Live {
 
     /// Whose step it is when no scope stands in its frames: the current task, and the tasks that await it.
     fn owner_by_task(&mut self, record: &CaptureRecord) -> Owner {
-        let Some(thread) = self.loops.get(&record.header.tid).and_then(|known| known.python.clone()) else {
+        let Some(thread) = self.loops.get(&record.header.tid).and_then(|known| known.python) else {
             return Owner::Unknown("no interpreter");
         };
         let Some(python) = self.targets.get_mut(&record.header.tgid).and_then(|target| target.python.as_mut()) else {
@@ -479,7 +482,7 @@ impl Live {
     /// Takes the same capture as the kernel would, of a thread that sleeps.
     fn look(&mut self, tid: Tid, clock: &loopguard_common::clock::LoopClock) -> Option<Box<CaptureRecord>> {
         let known = self.loops.get(&tid)?;
-        let (pid, thread) = (known.info.pid, known.python.clone()?);
+        let (pid, thread) = (known.info.pid, known.python?);
         let python = self.targets.get(&pid)?.python.as_ref()?;
         let (number, arg0) = process::current_syscall(pid, tid)?;
         let now = process::monotonic_ns();
@@ -508,8 +511,10 @@ impl Live {
         same.then_some(record)
     }
 
-    /// Lets go of threads and processes that are gone.
+    /// Lets go of threads and processes that are gone. Call it regularly: what the kernel programs cost is measured
+    /// on the way.
     pub fn reap(&mut self, events: &mut Vec<Event>) {
+        self.cost.turn(&self.kernel);
         for target in self.targets.values_mut() {
             target.ended = process::has_ended(&target.pidfd);
         }
@@ -564,6 +569,11 @@ impl Live {
 
     pub fn take_notices(&mut self) -> Vec<String> {
         std::mem::take(&mut self.notices)
+    }
+
+    /// CPU time of the kernel programs so far.
+    pub fn kernel_cpu(&self) -> Duration {
+        self.cost.total()
     }
 
     pub fn counts(&self) -> Counts {

@@ -5,6 +5,7 @@
 //! [`Event`](crate::core::event::Event)s; a recording of those replays through the same core.
 
 pub mod btf;
+mod cost;
 pub mod decode;
 pub mod kernel;
 pub mod live;

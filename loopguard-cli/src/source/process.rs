@@ -5,6 +5,7 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::Path,
+    time::Duration,
 };
 
 use crate::core::event::Tid;
@@ -132,16 +133,16 @@ pub fn uses_uvloop(pid: u32) -> bool {
     })
 }
 
-/// CPU time loopguard itself has used.
-pub fn own_cpu_ms() -> f64 {
+/// CPU time of this process so far.
+pub fn own_cpu() -> Duration {
     // SAFETY: a plain struct, filled by the call.
     let usage = unsafe {
         let mut usage = std::mem::zeroed::<libc::rusage>();
         libc::getrusage(libc::RUSAGE_SELF, &mut usage);
         usage
     };
-    let ms = |time: libc::timeval| time.tv_sec as f64 * 1e3 + time.tv_usec as f64 / 1e3;
-    ms(usage.ru_utime) + ms(usage.ru_stime)
+    let time = |time: libc::timeval| Duration::new(time.tv_sec as u64, time.tv_usec as u32 * 1000);
+    time(usage.ru_utime) + time(usage.ru_stime)
 }
 
 /// The clock of every record.

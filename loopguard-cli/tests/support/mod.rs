@@ -105,7 +105,10 @@ impl Server {
 
     /// Sends a request and waits for its answer.
     pub fn get(&self, path: &str, id: &str) -> String {
-        request(self.port, &format!("GET {path} HTTP/1.1\r\nhost: test\r\nx-request-id: {id}\r\nconnection: close\r\n\r\n"))
+        request(
+            self.port,
+            &format!("GET {path} HTTP/1.1\r\nhost: test\r\nx-request-id: {id}\r\nconnection: close\r\n\r\n"),
+        )
     }
 }
 
