@@ -74,7 +74,8 @@ pub struct StepRecord {
     pub waits: [Wait; MAX_WAITS],
     /// [`STEP_PROBED`], [`STEP_CUT_AT_ATTACH`].
     pub flags: u32,
-    pub _pad: u32,
+    /// Entries of `waits` in use.
+    pub wait_count: u32,
 }
 
 /// One interpreter frame, innermost first in a capture.
@@ -96,8 +97,6 @@ pub enum CaptureCause {
     Sample = 1,
     /// The thread gave up the CPU to wait.
     Wait = 2,
-    /// The scheduler gave its CPU to another thread.
-    Preempted = 3,
 }
 
 /// How the frame walk ended.
@@ -182,22 +181,6 @@ pub struct PollRecord {
     pub syscall: i32,
 }
 
-/// What user space tells the kernel programs about all threads.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
-    /// A step at least this long is recorded.
-    pub threshold_ns: u64,
-    /// A step must be this old before anything is captured in it.
-    pub capture_age_ns: u64,
-    /// Captures of one step are at least this far apart; the older the step, the further.
-    pub capture_gap_ns: u64,
-    /// Offset of `pid` in the kernel's `struct task_struct`, from its BTF.
-    pub task_pid_offset: u32,
-    /// Number of the `futex` system call.
-    pub futex_syscall: i32,
-}
-
 /// Step probes on this thread's own `Context.run` may nest: a deeper one belongs to the same step.
 pub const THREAD_STEPS_NEST: u32 = 1;
 /// `context_run` marks this thread's steps (asyncio's own loop).
@@ -205,17 +188,22 @@ pub const THREAD_STEPS_CONTEXT_RUN: u32 = 2;
 /// `PyContext_Enter` marks this thread's steps (uvloop).
 pub const THREAD_STEPS_CONTEXT_ENTER: u32 = 4;
 
-/// What user space tells the kernel programs about one loop thread; key: tid.
+/// What user space tells the kernel programs about one loop thread; by slot. What every edge needs comes first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoopThread {
-    pub tgid: u32,
-    /// Index of its clock and capture buffer.
-    pub slot: u32,
-    /// The loop's own epoll descriptor.
-    pub epoll_fd: i32,
+    pub tid: u32,
     /// `THREAD_*`.
     pub flags: u32,
+    /// A step at least this long is recorded.
+    pub threshold_ns: u64,
+    pub tgid: u32,
+    /// The loop's own epoll descriptor.
+    pub epoll_fd: i32,
+    /// A step must be this old before anything is captured in it.
+    pub capture_age_ns: u64,
+    /// Captures of one step are at least this far apart; the older the step, the further.
+    pub capture_gap_ns: u64,
     /// Address of its `PyThreadState`; 0: no Python here.
     pub thread_state: u64,
     /// Its tid as the interpreter sees it (in the innermost pid namespace).
@@ -260,7 +248,7 @@ const _: () = assert!(size_of::<RawFrame>() == 24);
 const _: () = assert!(size_of::<RequestSnapshot>() == 24 + 320 + 72 + 112 + 168 + 96);
 const _: () = assert!(offset_of!(CaptureRecord, frames) == 16 + 8 + 6 * 8 + 24 + 3 * 8 + 8 + 792);
 const _: () = assert!(size_of::<PollRecord>() == 32);
-const _: () = assert!(size_of::<LoopThread>() == 64);
+const _: () = assert!(size_of::<LoopThread>() == 88);
 
 use core::mem::offset_of;
 
@@ -270,8 +258,6 @@ pub const CAPTURE_BASE: usize = offset_of!(CaptureRecord, frames);
 #[cfg(feature = "user")]
 mod user {
     use super::*;
-    // SAFETY: plain integers without padding bytes.
-    unsafe impl aya::Pod for Settings {}
     // SAFETY: plain integers without padding bytes.
     unsafe impl aya::Pod for LoopThread {}
 }

@@ -11,14 +11,14 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::{BACKOFF_STEP, BACKOFF_TICK, CapturePace},
     records::{
-        CaptureCause, Counter, LoopThread, RecordHeader, RecordKind, SYSCALL_NONE, Settings,
-        THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, WalkStatus,
+        CaptureCause, Counter, LoopThread, RecordHeader, RecordKind, SYSCALL_NONE, THREAD_STEPS_CONTEXT_ENTER,
+        THREAD_STEPS_CONTEXT_RUN, WalkStatus,
     },
     walk::{Memory, PyThread, snapshot_request, walk_frames},
 };
 
 use crate::{
-    maps::{CaptureBuffer, LAYOUTS, Watched, capture_buffer, count, settings, watched},
+    maps::{CaptureBuffer, LAYOUTS, Watched, capture_buffer, count, watched},
     send,
 };
 
@@ -61,11 +61,11 @@ pub fn user_registers() -> UserRegisters {
 }
 
 #[inline(always)]
-pub fn pace(settings: &Settings, thread: &LoopThread) -> CapturePace {
+pub fn pace(thread: &LoopThread) -> CapturePace {
     let probed = thread.flags & (THREAD_STEPS_CONTEXT_RUN | THREAD_STEPS_CONTEXT_ENTER) != 0;
     CapturePace {
-        age_ns: settings.capture_age_ns,
-        gap_ns: settings.capture_gap_ns,
+        age_ns: thread.capture_age_ns,
+        gap_ns: thread.capture_gap_ns,
         backoff_shift: if probed { BACKOFF_STEP } else { BACKOFF_TICK },
     }
 }
@@ -113,12 +113,12 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
 pub fn on_sample(ctx: PerfEventContext) -> u32 {
     let _ = ctx.as_ptr();
     let tid = bpf_get_current_pid_tgid() as u32;
-    if let (Some(target), Some(settings)) = (watched(tid), settings()) {
+    if let Some(target) = watched(tid) {
         // SAFETY: a helper without conditions.
         let now = unsafe { bpf_ktime_get_ns() };
-        if target.clock.capture_due(now, pace(settings, target.thread)) {
+        if target.clock.capture_due(now, pace(target.thread)) {
             let registers = user_registers();
-            if let Some(buffer) = capture_buffer(target.thread.slot) {
+            if let Some(buffer) = capture_buffer(target.slot) {
                 buffer.record.cause = CaptureCause::Sample as u32;
                 buffer.record.syscall = SYSCALL_NONE;
                 buffer.record.arg0 = 0;

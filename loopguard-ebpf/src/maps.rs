@@ -7,7 +7,7 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::LoopClock,
     layout::PyLayout,
-    records::{COUNTERS, CaptureRecord, Counter, LoopThread, Settings},
+    records::{COUNTERS, CaptureRecord, Counter, LoopThread},
     walk::Scratch,
 };
 
@@ -17,9 +17,6 @@ const WATCHED_WORDS: u32 = 1024;
 /// Everything for user space.
 #[map]
 pub static RECORDS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
-
-#[map]
-static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 
 /// One bit per watched thread or process id: what keeps the programs cheap for everything else on the machine.
 #[map]
@@ -33,10 +30,13 @@ pub static PROCESSES: HashMap<u32, u32> = HashMap::with_max_entries(1024, 0);
 #[map]
 pub static LAYOUTS: HashMap<u32, PyLayout> = HashMap::with_max_entries(1024, 0);
 
+/// Slots of the loop threads, by tid.
 #[map]
-static THREADS: HashMap<u32, LoopThread> = HashMap::with_max_entries(1024, 0);
+static SLOTS: HashMap<u32, u32> = HashMap::with_max_entries(1024, 0);
 
-/// By slot; user space sizes these two at load.
+/// By slot; user space sizes these three at load.
+#[map]
+static THREADS: Array<LoopThread> = Array::with_max_entries(64, 0);
 #[map]
 static CLOCKS: Array<LoopClock> = Array::with_max_entries(64, 0);
 #[map]
@@ -58,13 +58,9 @@ pub struct CaptureBuffer {
 
 /// A watched loop thread.
 pub struct Watched {
+    pub slot: u32,
     pub thread: &'static LoopThread,
     pub clock: &'static mut LoopClock,
-}
-
-#[inline(always)]
-pub fn settings() -> Option<&'static Settings> {
-    SETTINGS.get(0)
 }
 
 /// Whether `id` may be watched: a bit test that says no for nearly everything that is not.
@@ -81,12 +77,21 @@ pub fn watched(tid: u32) -> Option<Watched> {
     if !maybe_watched(tid) {
         return None;
     }
-    // SAFETY: user space replaces entries whole; a torn read gives at worst one wrong decision about one tick.
-    let thread = unsafe { THREADS.get(tid) }?;
-    let clock = CLOCKS.get_ptr_mut(thread.slot)?;
+    // SAFETY: a word that is replaced whole.
+    at_slot(unsafe { *SLOTS.get(tid)? }, tid)
+}
+
+/// The watched thread at `slot`, if it is `tid`.
+#[inline(always)]
+pub fn at_slot(slot: u32, tid: u32) -> Option<Watched> {
+    let thread = THREADS.get(slot)?;
+    if thread.tid != tid {
+        return None;
+    }
+    let clock = CLOCKS.get_ptr_mut(slot)?;
     // SAFETY: a slot belongs to one thread, whose programs run one at a time but for the sampling clock, which only
     // writes what no other program does while the thread is on the CPU.
-    Some(Watched { thread, clock: unsafe { &mut *clock } })
+    Some(Watched { slot, thread, clock: unsafe { &mut *clock } })
 }
 
 #[inline(always)]

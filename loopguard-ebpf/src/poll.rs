@@ -7,8 +7,8 @@ use aya_ebpf::{
 use loopguard_common::records::{PollRecord, RecordHeader, RecordKind};
 
 use crate::{
-    maps::{PROCESSES, REPORTED_POLLS, maybe_watched, settings, watched},
-    send, step,
+    maps::{PROCESSES, REPORTED_POLLS, maybe_watched, watched},
+    send,
 };
 
 /// `struct syscall_trace_enter`: the common header, the number, then the arguments as words (kernel/trace/trace.h).
@@ -22,19 +22,22 @@ const REPORT_AGAIN_NS: u64 = 1_000_000_000;
 pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     let id = bpf_get_current_pid_tgid();
     let (tgid, tid) = ((id >> 32) as u32, id as u32);
-    if !maybe_watched(tgid) {
+    let target = watched(tid);
+    if target.is_none() && !maybe_watched(tgid) {
         return 0;
     }
     // SAFETY: the argument words of a system call's tracepoint.
     let epoll_fd = unsafe { ctx.read_at::<u64>(FIRST_ARGUMENT) }.unwrap_or(u64::MAX) as i32;
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    if let Some(target) = watched(tid)
+    if let Some(target) = target
         && target.thread.epoll_fd == epoll_fd
     {
         if target.clock.in_tick() {
             let ended = target.clock.end_step(now);
-            step::send_if_long(&target, tid, ended);
+            if ended.duration_ns() >= target.thread.threshold_ns {
+                send::step(target.thread, target.clock, ended);
+            }
         }
         target.clock.end_tick();
         return 0;
@@ -60,11 +63,8 @@ fn report_unknown(ctx: &TracePointContext, header: RecordHeader, now: u64, epoll
 /// Returns from it.
 #[tracepoint]
 pub fn on_poll_exit(_ctx: TracePointContext) -> u32 {
-    let id = bpf_get_current_pid_tgid();
-    if maybe_watched((id >> 32) as u32)
-        && let Some(target) = watched(id as u32)
+    if let Some(target) = watched(bpf_get_current_pid_tgid() as u32)
         && target.clock.polling != 0
-        && settings().is_some()
     {
         // SAFETY: a helper without conditions.
         target.clock.begin_tick(unsafe { bpf_ktime_get_ns() });

@@ -4,20 +4,22 @@ use aya_ebpf::helpers::generated::bpf_ringbuf_output;
 use loopguard_common::{
     clock::{EndedStep, LoopClock},
     records::{
-        CAPTURE_BASE, CaptureRecord, Counter, MAX_FRAMES, PollRecord, RawFrame, RecordHeader, RecordKind, StepRecord,
+        CAPTURE_BASE, CaptureRecord, Counter, LoopThread, MAX_FRAMES, PollRecord, RawFrame, RecordHeader, RecordKind,
+        StepRecord,
     },
 };
 
 use crate::maps::{RECORDS, count};
 
-#[inline(always)]
-pub fn step(header: RecordHeader, clock: &LoopClock, ended: EndedStep) {
+/// Out of line: nearly every edge ends a short step, and what it does not run should not be in its way.
+#[inline(never)]
+pub fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep) {
     let Some(mut entry) = RECORDS.reserve::<StepRecord>(0) else {
         count(Counter::Lost);
         return;
     };
     entry.write(StepRecord {
-        header: RecordHeader { kind: RecordKind::Step as u32, ..header },
+        header: RecordHeader { kind: RecordKind::Step as u32, tgid: thread.tgid, tid: thread.tid, _pad: 0 },
         seq: clock.step_seq,
         tick_start_ns: clock.tick_start_ns,
         start_ns: ended.start_ns,
@@ -25,7 +27,7 @@ pub fn step(header: RecordHeader, clock: &LoopClock, ended: EndedStep) {
         off_cpu: clock.off_cpu(),
         waits: clock.waits,
         flags: clock.step_flags,
-        _pad: 0,
+        wait_count: clock.wait_count,
     });
     entry.submit(0);
     count(Counter::Sent);

@@ -1,16 +1,17 @@
 //! Steps: one task's code between two awaits, marked by probes on the interpreter's way into a task's context.
 
 use aya_ebpf::{
-    EbpfContext as _, bindings::pt_regs, helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns,
-    macros::uprobe, programs::ProbeContext,
+    EbpfContext as _,
+    bindings::pt_regs,
+    helpers::bpf_get_current_pid_tgid,
+    helpers::generated::{bpf_get_attach_cookie, bpf_ktime_get_ns},
+    macros::uprobe,
+    programs::ProbeContext,
 };
-use loopguard_common::{
-    clock::EndedStep,
-    records::{RecordHeader, STEP_PROBED, THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST},
-};
+use loopguard_common::records::{STEP_PROBED, THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST};
 
 use crate::{
-    maps::{Watched, settings, watched},
+    maps::{at_slot, watched},
     send,
 };
 
@@ -31,7 +32,10 @@ pub fn on_context_enter(ctx: ProbeContext) -> u32 {
 #[inline(always)]
 fn step_edge(ctx: &ProbeContext, marks: u32) {
     let tid = bpf_get_current_pid_tgid() as u32;
-    let Some(target) = watched(tid) else { return };
+    // The probe knows the slot of the loop it was placed for; another loop of the same process is looked up.
+    // SAFETY: a helper that reads what the probe was attached with.
+    let slot = unsafe { bpf_get_attach_cookie(ctx.as_ptr()) } as u32;
+    let Some(target) = at_slot(slot, tid).or_else(|| watched(tid)) else { return };
     if target.thread.flags & marks == 0 {
         return;
     }
@@ -43,15 +47,8 @@ fn step_edge(ctx: &ProbeContext, marks: u32) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     let ended = target.clock.end_step(now);
-    send_if_long(&target, tid, ended);
-    target.clock.begin_step(now, STEP_PROBED);
-}
-
-#[inline(always)]
-pub fn send_if_long(target: &Watched, tid: u32, ended: EndedStep) {
-    if let Some(settings) = settings()
-        && ended.duration_ns() >= settings.threshold_ns
-    {
-        send::step(RecordHeader { kind: 0, tgid: target.thread.tgid, tid, _pad: 0 }, target.clock, ended);
+    if ended.duration_ns() >= target.thread.threshold_ns {
+        send::step(target.thread, target.clock, ended);
     }
+    target.clock.begin_step(now, STEP_PROBED);
 }
