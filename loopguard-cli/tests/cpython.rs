@@ -101,7 +101,7 @@ fn check(interpreter: Arc<Interpreter>, thread: &PyThreadInfo, expected: &Expect
     // SAFETY: integers only.
     let mut capture: CaptureRecord = unsafe { std::mem::zeroed() };
     let mut scratch = Scratch::default();
-    walk(&*interpreter, thread, &mut scratch, &mut capture);
+    walk(&interpreter, thread, &mut scratch, &mut capture);
     assert_eq!(capture.walk, WalkStatus::Complete as u32, "{name}");
     let frames = &capture.frames[..capture.frame_count as usize];
     let stack = inspector.stack(frames, WalkStatus::Complete);
