@@ -19,6 +19,7 @@ use loopguard::runtime::cpython::{
     self, Inspector, Interpreter, MemoryImage, NotUsable, PyThreadInfo, StepProbe, Version,
 };
 use loopguard::runtime::memory::ProcessMemory;
+use loopguard_common::layout::ABSENT;
 use loopguard_common::records::{CaptureRecord, WalkStatus};
 use loopguard_common::walk::{Memory, Scratch, snapshot_request, walk_frames};
 use serde::{Deserialize, Serialize};
@@ -100,7 +101,7 @@ fn check(interpreter: Arc<Interpreter>, thread: &PyThreadInfo, expected: &Expect
     // SAFETY: integers only.
     let mut capture: CaptureRecord = unsafe { std::mem::zeroed() };
     let mut scratch = Scratch::default();
-    walk(&*interpreter, thread, &mut scratch, &mut capture);
+    walk(&interpreter, thread, &mut scratch, &mut capture);
     assert_eq!(capture.walk, WalkStatus::Complete as u32, "{name}");
     let frames = &capture.frames[..capture.frame_count as usize];
     let stack = inspector.stack(frames, WalkStatus::Complete);
@@ -211,9 +212,7 @@ impl Target {
     fn sleeps(&self) -> bool {
         let call = std::fs::read_to_string(format!("/proc/{}/syscall", self.pid())).unwrap_or_default();
         let number = call.split(' ').next().and_then(|number| number.parse::<i64>().ok());
-        [libc::SYS_clock_nanosleep, libc::SYS_nanosleep, libc::SYS_pselect6, libc::SYS_select]
-            .iter()
-            .any(|sleep| number == Some(*sleep))
+        number == Some(libc::SYS_clock_nanosleep)
     }
 
     fn thread(&self, interpreter: &Interpreter) -> PyThreadInfo {
@@ -321,6 +320,37 @@ fn live_probe_sites_and_ranges() {
                 assert!(site.is_err());
             }
         }
+    }
+}
+
+/// From 3.14 on the running task is known only once the program has imported asyncio, which may be after attaching.
+#[test]
+fn asyncio_may_come_later() {
+    const LATE: &str = "print('ready', flush=True); input(); import asyncio; print('ready', flush=True); input()";
+    for python in pythons() {
+        let mut words = python.split(' ');
+        let child = Command::new(words.next().unwrap_or_default())
+            .args(words)
+            .args(["-c", LATE])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut target = Target { child, command: python.clone() };
+        let mut output = BufReader::new(target.child.stdout.take().unwrap()).lines();
+        assert_eq!(output.next().unwrap().unwrap(), "ready");
+        if !may_read(&target) {
+            return;
+        }
+        let interpreter = cpython::find(target.pid()).unwrap();
+        let known = interpreter.knows_asyncio();
+        assert!(!interpreter.refresh_asyncio());
+        target.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+        assert_eq!(output.next().unwrap().unwrap(), "ready");
+        assert_eq!(interpreter.refresh_asyncio(), !known, "{python}");
+        assert!(interpreter.knows_asyncio() && !interpreter.refresh_asyncio(), "{python}");
+        assert_eq!(interpreter.layout().ts_running_task != ABSENT, interpreter.version.minor >= 14, "{python}");
+        eprintln!("{python}: knew of asyncio at once: {known}");
     }
 }
 

@@ -43,7 +43,7 @@ const FUTURE_CALLBACKS: u64 = 40;
 const SECOND_FIELD: u64 = 24;
 /// `PyFunctionObject.func_closure` (`cpython/funcobject.h`).
 const FUNCTION_CLOSURE: u64 = 72;
-/// Bytes of an entry of a set: key and hash.
+/// Words of an entry of a set: key and hash.
 const SET_ENTRY: usize = 2;
 
 /// An asyncio task.
@@ -302,7 +302,7 @@ impl Interpreter {
             let slots = self.memory.field(awaited_by, self.offsets.set_mask)?.saturating_add(1).min(1024) as usize;
             let table = self.memory.field(awaited_by, self.offsets.set_table)?;
             let entries = self.memory.words(table, slots * SET_ENTRY)?;
-            awaiters = entries.chunks_exact(SET_ENTRY).map(|entry| entry[0]).collect();
+            awaiters = entries.as_chunks::<SET_ENTRY>().0.iter().map(|entry| entry[0]).collect();
         }
         awaiters.retain(|&awaiter| self.is_future(awaiter));
         Ok(awaiters)
