@@ -11,14 +11,14 @@ use aya::{
     programs::{
         BtfTracePoint, PerfEvent, Program, TracePoint, UProbe,
         perf_event::{PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
-        uprobe::{UProbeLinkId, UProbeScope},
+        uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLinkId, UProbeScope},
     },
     sys::{Stats, enable_stats},
 };
 use loopguard_common::{
     clock::LoopClock,
     layout::PyLayout,
-    records::{Counter, LoopThread, STEP_CUT_AT_ATTACH, Settings},
+    records::{Counter, LoopThread, STEP_CUT_AT_ATTACH},
 };
 
 use super::btf;
@@ -32,15 +32,22 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LOOPGUARD_BPF_OBJECT"))
 
 /// Loop threads that can be watched at once: each has a clock and a capture buffer of about 4 KiB.
 pub const MAX_THREADS: u32 = 512;
-/// How often the sampling clock of a loop thread ticks, in time that the thread is on the CPU.
-const SAMPLE_PERIOD_NS: u64 = 1_000_000;
 
-/// What is wanted of the kernel programs.
+/// How closely the kernel programs look.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted {
+pub struct Pace {
+    /// A step at least this long is recorded.
     pub threshold_ns: u64,
     /// A step or tick younger than this is not looked into.
     pub capture_age_ns: u64,
+}
+
+impl Pace {
+    /// How far apart captures of one step are, and how often the sampling clock of a loop thread ticks in time that
+    /// the thread is on the CPU: a block has at least eight of them.
+    fn gap_ns(self) -> u64 {
+        (self.threshold_ns / 16).clamp(1_000_000, 5_000_000)
+    }
 }
 
 pub struct Kernel {
@@ -48,12 +55,15 @@ pub struct Kernel {
     watched: Array<MapData, u64>,
     processes: HashMap<MapData, u32, u32>,
     layouts: HashMap<MapData, u32, PyLayout>,
-    threads: HashMap<MapData, u32, LoopThread>,
+    slots: HashMap<MapData, u32, u32>,
+    threads: Array<MapData, LoopThread>,
     clocks: Array<MapData, LoopClock>,
     counts: PerCpuArray<MapData, u64>,
     /// Watched ids, tgids and tids, with how many watch them: two ids can share a bit.
     ids: StdHashMap<u32, u32>,
-    slots: Vec<Option<Tid>>,
+    /// Which thread has which slot.
+    owners: Vec<Option<Tid>>,
+    pace: Pace,
     samplers: StdHashMap<Tid, PerfEventLinkId>,
     /// By process and program.
     step_probes: StdHashMap<(u32, &'static str), UProbeLinkId>,
@@ -78,7 +88,7 @@ pub struct Counts {
 
 impl Kernel {
     /// Loads and attaches everything that is not bound to one target.
-    pub fn load(wanted: Wanted) -> Result<(Self, RingBuf<MapData>)> {
+    pub fn load(pace: Pace) -> Result<(Self, RingBuf<MapData>)> {
         if OBJECT.is_empty() {
             bail!("this loopguard was built without its kernel programs; build it again after `cargo xtask setup`");
         }
@@ -91,22 +101,25 @@ impl Kernel {
         let btf = Btf::parse(&vmlinux, aya::Endianness::default()).context("read the kernel's BTF")?;
         let mut bpf = EbpfLoader::new()
             .btf(Some(&btf))
+            .override_global("TASK_PID_OFFSET", &task_pid_offset, true)
+            .override_global("FUTEX_SYSCALL", &(libc::SYS_futex as i32), true)
+            .map_max_entries("THREADS", MAX_THREADS)
             .map_max_entries("CLOCKS", MAX_THREADS)
             .map_max_entries("CAPTURES", MAX_THREADS)
             .load(OBJECT)
             .context("load the kernel programs (root, or CAP_BPF and CAP_PERFMON, is needed)")?;
-        let mut settings: Array<_, Settings> = take_map(&mut bpf, "SETTINGS")?.try_into()?;
-        settings.set(0, settings_for(wanted, task_pid_offset), 0)?;
         let records = RingBuf::try_from(take_map(&mut bpf, "RECORDS")?)?;
         let mut kernel = Self {
             watched: take_map(&mut bpf, "WATCHED")?.try_into()?,
             processes: take_map(&mut bpf, "PROCESSES")?.try_into()?,
             layouts: take_map(&mut bpf, "LAYOUTS")?.try_into()?,
+            slots: take_map(&mut bpf, "SLOTS")?.try_into()?,
             threads: take_map(&mut bpf, "THREADS")?.try_into()?,
             clocks: take_map(&mut bpf, "CLOCKS")?.try_into()?,
             counts: take_map(&mut bpf, "COUNTS")?.try_into()?,
             ids: StdHashMap::new(),
-            slots: vec![None; MAX_THREADS as usize],
+            owners: vec![None; MAX_THREADS as usize],
+            pace,
             samplers: StdHashMap::new(),
             step_probes: StdHashMap::new(),
             bpf,
@@ -177,38 +190,45 @@ impl Kernel {
         }
     }
 
-    /// Watches a loop thread; `thread.slot` is chosen here.
-    pub fn watch_thread(&mut self, tid: Tid, mut thread: LoopThread, standing: Standing) -> Result<()> {
-        let Some(slot) = self.slots.iter().position(Option::is_none) else {
+    /// Watches a loop thread; the pace is filled in here. Returns its slot.
+    pub fn watch_thread(&mut self, mut thread: LoopThread, standing: Standing) -> Result<u32> {
+        let Some(slot) = self.owners.iter().position(Option::is_none) else {
             bail!("{MAX_THREADS} loop threads are watched already");
         };
-        thread.slot = slot as u32;
+        let tid = thread.tid;
+        thread.threshold_ns = self.pace.threshold_ns;
+        thread.capture_age_ns = self.pace.capture_age_ns;
+        thread.capture_gap_ns = self.pace.gap_ns();
         let mut clock = LoopClock::idle();
         if let Standing::InTick(now) = standing {
             clock.begin_tick(now);
             clock.step_flags = STEP_CUT_AT_ATTACH;
         }
-        self.clocks.set(thread.slot, clock, 0)?;
-        self.threads.insert(tid, thread, 0)?;
         let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
         let link = program
             .attach(
                 PerfEventConfig::Software(SoftwareEvent::CpuClock),
                 PerfEventScope::OneProcess { pid: tid, cpu: None },
-                SamplePolicy::Period(SAMPLE_PERIOD_NS),
+                SamplePolicy::Period(self.pace.gap_ns()),
                 false,
             )
             .context("attach the sampling clock")?;
         self.samplers.insert(tid, link);
-        self.slots[slot] = Some(tid);
-        self.mark(tid, true)
+        self.owners[slot] = Some(tid);
+        let slot = slot as u32;
+        self.clocks.set(slot, clock, 0)?;
+        self.threads.set(slot, thread, 0)?;
+        self.slots.insert(tid, slot, 0)?;
+        self.mark(tid, true)?;
+        Ok(slot)
     }
 
     pub fn unwatch_thread(&mut self, tid: Tid) {
-        let Some(slot) = self.slots.iter().position(|owner| *owner == Some(tid)) else { return };
+        let Some(slot) = self.owners.iter().position(|owner| *owner == Some(tid)) else { return };
         let _ = self.mark(tid, false);
-        let _ = self.threads.remove(&tid);
-        self.slots[slot] = None;
+        let _ = self.slots.remove(&tid);
+        let _ = self.threads.set(slot as u32, LoopThread::default(), 0);
+        self.owners[slot] = None;
         if let Some(link) = self.samplers.remove(&tid)
             && let Some(program) = self.bpf.program_mut("on_sample")
             && let Ok(program) = <&mut PerfEvent>::try_from(program)
@@ -219,26 +239,32 @@ impl Kernel {
 
     /// Changes what is known of a watched thread, its clock untouched.
     pub fn update_thread(&mut self, tid: Tid, change: impl FnOnce(&mut LoopThread)) -> Result<()> {
-        let mut thread = self.threads.get(&tid, 0)?;
+        let slot = self.slots.get(&tid, 0)?;
+        let mut thread = self.threads.get(&slot, 0)?;
         change(&mut thread);
-        Ok(self.threads.insert(tid, thread, 0)?)
+        Ok(self.threads.set(slot, thread, 0)?)
     }
 
-    /// Marks the steps of a process's loops; once per process and kind of loop.
-    pub fn attach_steps(&mut self, pid: u32, which: StepProbe, site: &ProbeSite) -> Result<()> {
+    /// Marks the steps of a process's loops; once per process and kind of loop. `slot` is that of the loop it is
+    /// placed for, which the probe then finds faster.
+    pub fn attach_steps(&mut self, pid: u32, which: StepProbe, (site, slot): (&ProbeSite, u32)) -> Result<()> {
         if self.step_probes.contains_key(&(pid, step_program(which))) {
             return Ok(());
         }
         let program: &mut UProbe = program_mut(&mut self.bpf, step_program(which))?.try_into()?;
         let scope = UProbeScope::OneProcess(NonZeroU32::new(pid).context("pid 0 is the kernel's")?);
-        let link = program.attach(site.offset, &site.file, scope).context("attach the step probe")?;
+        let point = UProbeAttachPoint {
+            location: UProbeAttachLocation::AbsoluteOffset(site.offset),
+            cookie: Some(u64::from(slot)),
+        };
+        let link = program.attach(point, &site.file, scope).context("attach the step probe")?;
         self.step_probes.insert((pid, step_program(which)), link);
         Ok(())
     }
 
     /// The state of a watched thread's clock.
     pub fn clock(&self, tid: Tid) -> Option<LoopClock> {
-        let slot = self.slots.iter().position(|owner| *owner == Some(tid))?;
+        let slot = self.owners.iter().position(|owner| *owner == Some(tid))?;
         self.clocks.get(&(slot as u32), 0).ok()
     }
 
@@ -272,16 +298,6 @@ impl Kernel {
     }
 }
 
-fn settings_for(wanted: Wanted, task_pid_offset: u32) -> Settings {
-    Settings {
-        threshold_ns: wanted.threshold_ns,
-        capture_age_ns: wanted.capture_age_ns,
-        capture_gap_ns: (wanted.threshold_ns / 16).clamp(1_000_000, 20_000_000),
-        task_pid_offset,
-        futex_syscall: libc::SYS_futex as i32,
-    }
-}
-
 fn step_program(which: StepProbe) -> &'static str {
     match which {
         StepProbe::ContextRun => "on_context_run",
@@ -307,7 +323,7 @@ pub fn measure_run_time() -> Option<OwnedFd> {
 
 /// Loads everything and lets go of it again.
 pub fn try_load() -> Result<()> {
-    Kernel::load(Wanted { threshold_ns: u64::MAX, capture_age_ns: u64::MAX }).map(drop)
+    Kernel::load(Pace { threshold_ns: u64::MAX, capture_age_ns: u64::MAX }).map(drop)
 }
 
 /// Where tracefs is not mounted, mounts it in a mount namespace of our own: nothing is left behind.

@@ -20,7 +20,7 @@ use tokio::io::unix::AsyncFd;
 use super::{
     cost::CostMeter,
     decode::{Record, decode},
-    kernel::{Counts, Kernel, Standing, Wanted},
+    kernel::{Counts, Kernel, Pace, Standing},
     process, syscall,
 };
 use crate::{
@@ -116,7 +116,7 @@ impl Live {
             // The tick has to be cut from captures: they must begin before its first owner is gone.
             Steps::Off => options.threshold_ns / 4,
         };
-        let (kernel, records) = Kernel::load(Wanted { threshold_ns: options.threshold_ns, capture_age_ns })?;
+        let (kernel, records) = Kernel::load(Pace { threshold_ns: options.threshold_ns, capture_age_ns })?;
         let mut live = Self {
             kernel,
             // SAFETY: the ring buffer owns its descriptor and keeps it open as long as it lives.
@@ -273,25 +273,30 @@ impl Live {
 
     fn adopt(&mut self, found: Found, standing: Standing, events: &mut Vec<Event>) -> Result<()> {
         let Found { pid, tid, epoll_fd, runtime, python } = found;
-        let marks = self.mark_steps(pid, runtime);
-        let native_thread_id = process::innermost_tid(pid, tid).unwrap_or_default();
         let gil = match (&python, &self.targets[&pid].python) {
             (Some(thread), Some(python)) => python.interpreter.gil_ranges(thread.interpreter),
             _ => [AddressRange::default(); 2],
         };
         let thread = LoopThread {
+            tid,
             tgid: pid,
-            slot: 0,
             epoll_fd,
-            flags: marks.unwrap_or(0),
             thread_state: python.as_ref().map_or(0, |thread| thread.state),
-            native_thread_id,
+            native_thread_id: python.as_ref().map_or(0, |thread| thread.native_thread_id),
             gil,
+            ..LoopThread::default()
         };
-        if let Err(error) = self.kernel.watch_thread(tid, thread, standing) {
-            // The thread ended meanwhile; if its process did too, that is seen soon.
-            self.notices.push(format!("thread {tid} of process {pid} cannot be watched: {error:#}"));
-            return Ok(());
+        let slot = match self.kernel.watch_thread(thread, standing) {
+            Ok(slot) => slot,
+            Err(error) => {
+                // The thread ended meanwhile; if its process did too, that is seen soon.
+                self.notices.push(format!("thread {tid} of process {pid} cannot be watched: {error:#}"));
+                return Ok(());
+            }
+        };
+        let marks = self.mark_steps(pid, runtime, slot);
+        if let Some(flags) = marks {
+            self.kernel.update_thread(tid, |thread| thread.flags = flags)?;
         }
         if let Some(target) = self.targets.get_mut(&pid)
             && let Some(python) = &mut target.python
@@ -312,7 +317,7 @@ impl Live {
     }
 
     /// Places the step probe of this kind of loop; the thread's flags if it is in place.
-    fn mark_steps(&mut self, pid: u32, runtime: Runtime) -> Option<u32> {
+    fn mark_steps(&mut self, pid: u32, runtime: Runtime, slot: u32) -> Option<u32> {
         let (which, flags) = match (self.options.steps, runtime) {
             (Steps::Auto, Runtime::Asyncio) => (StepProbe::ContextRun, THREAD_STEPS_CONTEXT_RUN | THREAD_STEPS_NEST),
             (Steps::Auto, Runtime::Uvloop) => (StepProbe::ContextEnter, THREAD_STEPS_CONTEXT_ENTER),
@@ -322,7 +327,7 @@ impl Live {
         let placed = interpreter
             .probe_site(which)
             .map_err(anyhow::Error::msg)
-            .and_then(|site| self.kernel.attach_steps(pid, which, &site));
+            .and_then(|site| self.kernel.attach_steps(pid, which, (&site, slot)));
         match placed {
             Ok(()) => Some(flags),
             Err(error) => {
@@ -635,7 +640,7 @@ impl LoopFrames {
 }
 
 fn step(record: &StepRecord) -> Step {
-    let waits = record.waits.iter().take_while(|wait| wait.count > 0);
+    let waits = record.waits.iter().take((record.wait_count as usize).min(record.waits.len()));
     Step {
         tid: record.header.tid,
         seq: record.seq,
