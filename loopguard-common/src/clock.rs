@@ -19,7 +19,7 @@ const RUNNABLE: u32 = 3;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoopClock {
-    /// Start of the current tick; 0 while the thread polls, or before its first poll was seen.
+    /// Start of the current tick; 0 while the thread sleeps in its poll, or before its first poll was seen.
     pub tick_start_ns: u64,
     /// Start of the current step.
     pub step_start_ns: u64,
@@ -38,7 +38,7 @@ pub struct LoopClock {
     pub step_flags: u32,
     /// Entries of `waits` in use.
     pub wait_count: u32,
-    /// The thread is inside its own poll call.
+    /// The thread sleeps in its own poll call.
     pub polling: u32,
     /// The capture buffer holds what was taken at the last switch-out.
     pub capture_pending: u32,
@@ -73,7 +73,13 @@ impl EndedStep {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SwitchOut {
     Preempted,
-    Waits { syscall: i32, arg0: u64, gil: bool },
+    /// It sleeps in its own poll: it is idle.
+    Polls,
+    Waits {
+        syscall: i32,
+        arg0: u64,
+        gil: bool,
+    },
 }
 
 /// How often captures of one step are worth sending.
@@ -98,7 +104,7 @@ impl LoopClock {
         self.tick_start_ns != 0
     }
 
-    /// Of a thread in its poll: the next return from it begins a tick.
+    /// Of a thread that sleeps in its own poll: when it runs again, a tick begins.
     pub fn idle() -> Self {
         Self { polling: 1, ..Self::default() }
     }
@@ -128,7 +134,7 @@ impl LoopClock {
         }
     }
 
-    /// The thread's own poll returned: a tick begins. `flags` are those of its first step.
+    /// A tick begins: the thread ran again after it slept in its own poll, or it polled and did not have to sleep.
     #[inline(always)]
     pub fn begin_tick(&mut self, now: u64) {
         self.polling = 0;
@@ -156,18 +162,17 @@ impl LoopClock {
         self.wait_count = 0;
     }
 
-    /// The thread polls: the tick is over. Call [`end_step`](Self::end_step) first.
+    /// The thread enters its own poll: the tick is over. Until it sleeps there the next one has begun. Call
+    /// [`end_step`](Self::end_step) first.
     #[inline(always)]
-    pub fn end_tick(&mut self) {
+    pub fn end_tick(&mut self, now: u64) {
         if self.tick_start_ns != 0 {
             let length = self.mark_ns.saturating_sub(self.tick_start_ns);
             self.ticks += 1;
             self.busy_ns += length;
             self.tick_histogram[bucket(length)] += 1;
         }
-        self.step_seq += 1;
-        self.tick_start_ns = 0;
-        self.polling = 1;
+        self.begin_tick(now);
     }
 
     /// A step probe was hit: does it begin a new step? `sp` is the stack pointer there; where probes `nest`, a deeper
@@ -189,6 +194,12 @@ impl LoopClock {
         self.account(now);
         match why {
             SwitchOut::Preempted => self.state = RUNNABLE,
+            SwitchOut::Polls => {
+                self.state = RUNNABLE;
+                self.step_seq += 1;
+                self.tick_start_ns = 0;
+                self.polling = 1;
+            }
             SwitchOut::Waits { syscall, arg0, gil } => {
                 self.state = if gil { WAITING_GIL } else { WAITING };
                 self.wait_start_ns = now;
@@ -215,6 +226,10 @@ impl LoopClock {
 
     #[inline(always)]
     pub fn switch_in(&mut self, now: u64) {
+        if self.polling != 0 {
+            self.begin_tick(now);
+            return;
+        }
         // A wake-up that no tracepoint showed: the wait ended at the latest now.
         self.wakeup(now);
         self.account(now);
@@ -289,13 +304,16 @@ mod tests {
             let now = START + words.next().unwrap().parse::<u64>().unwrap() * MS;
             let ended = match words.next().unwrap() {
                 "poll-returns" => {
-                    clock.begin_tick(now);
+                    clock.switch_in(now);
                     None
                 }
-                "polls" => {
+                verb @ ("polls" | "polls-briefly") => {
                     let ended = clock.in_tick().then(|| clock.end_step(now));
                     let told = ended.map(|ended| tell(&clock, ended));
-                    clock.end_tick();
+                    clock.end_tick(now);
+                    if verb == "polls" {
+                        clock.switch_out(now, SwitchOut::Polls);
+                    }
                     told
                 }
                 "step" => {
@@ -403,9 +421,14 @@ mod tests {
 
     #[test]
     fn idling_is_nobodys_time() {
+        check("0 poll-returns\n 1 polls\n 50 woken\n 61 poll-returns\n 63 polls", &["0..1 cpu 1", "61..63 cpu 2"]);
+    }
+
+    #[test]
+    fn a_poll_that_need_not_sleep_only_cuts() {
         check(
-            "0 poll-returns\n 1 polls\n 2 preempted\n 50 woken\n 60 runs\n 61 poll-returns\n 63 polls",
-            &["0..1 cpu 1", "61..63 cpu 2"],
+            "0 poll-returns\n 10 polls-briefly\n 15 step\n 30 polls",
+            &["0..10 cpu 10", "10..15 cpu 5", "15..30 cpu 15"],
         );
     }
 
@@ -430,7 +453,7 @@ mod tests {
         for (start, end) in [(0, 0), (10, 11), (20, 120)] {
             clock.begin_tick(1 + start * MS);
             clock.end_step(1 + end * MS);
-            clock.end_tick();
+            clock.end_tick(1 + end * MS);
         }
         assert_eq!((clock.ticks, clock.busy_ns), (3, 101 * MS));
         assert_eq!((clock.tick_histogram[0], clock.tick_histogram[10], clock.tick_histogram[17]), (1, 1, 1));

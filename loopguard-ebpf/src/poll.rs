@@ -1,7 +1,10 @@
-//! The edges of ticks: a loop thread's calls of `epoll_wait` and its variants on its own epoll descriptor.
+//! The end of a tick: a loop thread's calls of `epoll_wait` and its variants on its own epoll descriptor.
+//!
+//! The next tick begins with the call itself, unless the thread goes to sleep in it: then when it runs again, which the
+//! scheduler tells. So the return from the call needs no program.
 
 use aya_ebpf::{
-    helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::tracepoint,
+    EbpfContext as _, helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::tracepoint,
     programs::TracePointContext,
 };
 use loopguard_common::records::{PollRecord, RecordHeader, RecordKind};
@@ -26,8 +29,8 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     if target.is_none() && !maybe_watched(tgid) {
         return 0;
     }
-    // SAFETY: the argument words of a system call's tracepoint.
-    let epoll_fd = unsafe { ctx.read_at::<u64>(FIRST_ARGUMENT) }.unwrap_or(u64::MAX) as i32;
+    // SAFETY: the argument words of a system call's tracepoint, inside what the verifier knows of it.
+    let epoll_fd = unsafe { *ctx.as_ptr().cast::<u8>().add(FIRST_ARGUMENT).cast::<u64>() } as i32;
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     if let Some(target) = target
@@ -39,7 +42,7 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
                 send::step(target.thread, target.clock, ended);
             }
         }
-        target.clock.end_tick();
+        target.clock.end_tick(now);
         return 0;
     }
     report_unknown(&ctx, RecordHeader { kind: RecordKind::Poll as u32, tgid, tid, _pad: 0 }, now, epoll_fd);
@@ -55,19 +58,7 @@ fn report_unknown(ctx: &TracePointContext, header: RecordHeader, now: u64, epoll
         return;
     }
     let _ = REPORTED_POLLS.insert(header.tid, now, 0);
-    // SAFETY: the number word of a system call's tracepoint.
-    let syscall = unsafe { ctx.read_at::<u64>(SYSCALL_NUMBER) }.unwrap_or(0) as i32;
+    // SAFETY: the number word of a system call's tracepoint, likewise.
+    let syscall = unsafe { *ctx.as_ptr().cast::<u8>().add(SYSCALL_NUMBER).cast::<u64>() } as i32;
     send::poll(&PollRecord { header, at_ns: now, epoll_fd, syscall });
-}
-
-/// Returns from it.
-#[tracepoint]
-pub fn on_poll_exit(_ctx: TracePointContext) -> u32 {
-    if let Some(target) = watched(bpf_get_current_pid_tgid() as u32)
-        && target.clock.polling != 0
-    {
-        // SAFETY: a helper without conditions.
-        target.clock.begin_tick(unsafe { bpf_ktime_get_ns() });
-    }
-    0
 }

@@ -19,6 +19,12 @@ static TASK_PID_OFFSET: u32 = 0;
 #[unsafe(no_mangle)]
 static FUTEX_SYSCALL: i32 = 0;
 
+/// Whether this is `epoll_wait` or one of its variants (asm/unistd_64.h).
+#[inline(always)]
+fn is_epoll(syscall: i32) -> bool {
+    syscall == 232 || syscall == 281 || syscall == 441
+}
+
 #[inline(always)]
 fn tid_of(task: *const u8) -> u32 {
     // SAFETY: `task` comes from the tracepoint, so the verifier knows its type and checks the offset. Both constants
@@ -44,13 +50,16 @@ pub fn on_sched_switch(ctx: BtfTracePointContext) -> i32 {
 fn switched_out(target: Watched, preempted: bool) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    if preempted || !target.clock.in_tick() {
-        // What an idle thread waits for is its own poll.
+    if preempted {
         target.clock.switch_out(now, SwitchOut::Preempted);
         return;
     }
-    let Some(buffer) = capture_buffer(target.slot) else { return };
     let registers = user_registers();
+    if registers.arg0 as i32 == target.thread.epoll_fd && is_epoll(registers.syscall) {
+        target.clock.switch_out(now, SwitchOut::Polls);
+        return;
+    }
+    let Some(buffer) = capture_buffer(target.slot) else { return };
     // SAFETY: as for the other constant.
     let gil = registers.syscall == unsafe { core::ptr::read_volatile(&raw const FUTEX_SYSCALL) }
         && (target.thread.gil[0].contains(registers.arg0) || target.thread.gil[1].contains(registers.arg0));

@@ -145,15 +145,13 @@ impl Kernel {
         let wakeup: &mut BtfTracePoint = take("on_sched_wakeup")?.try_into()?;
         wakeup.load("sched_wakeup", btf).context("load the program for sched_wakeup")?;
         wakeup.attach().context("attach sched_wakeup")?;
-        for (name, edge) in [("on_poll_enter", "enter"), ("on_poll_exit", "exit")] {
-            let program: &mut TracePoint = take(name)?.try_into()?;
-            program.load().with_context(|| format!("load the program for the polls' {edge}"))?;
-            for call in ["epoll_wait", "epoll_pwait", "epoll_pwait2"] {
-                let tracepoint = format!("sys_{edge}_{call}");
-                // Not every architecture and kernel has all three.
-                if Path::new(TRACEFS).join("events/syscalls").join(&tracepoint).exists() {
-                    program.attach("syscalls", &tracepoint).with_context(|| format!("attach {tracepoint}"))?;
-                }
+        let poll: &mut TracePoint = take("on_poll_enter")?.try_into()?;
+        poll.load().context("load the program for polls")?;
+        for call in ["epoll_wait", "epoll_pwait", "epoll_pwait2"] {
+            let tracepoint = format!("sys_enter_{call}");
+            // Not every architecture and kernel has all three.
+            if Path::new(TRACEFS).join("events/syscalls").join(&tracepoint).exists() {
+                poll.attach("syscalls", &tracepoint).with_context(|| format!("attach {tracepoint}"))?;
             }
         }
         for which in [StepProbe::ContextRun, StepProbe::ContextEnter] {
@@ -180,6 +178,10 @@ impl Kernel {
         let _ = self.processes.remove(&pid);
         let _ = self.layouts.remove(&pid);
         let _ = self.mark(pid, false);
+        self.detach_steps(pid);
+    }
+
+    pub fn detach_steps(&mut self, pid: u32) {
         for which in [StepProbe::ContextRun, StepProbe::ContextEnter] {
             if let Some(link) = self.step_probes.remove(&(pid, step_program(which)))
                 && let Some(program) = self.bpf.program_mut(step_program(which))

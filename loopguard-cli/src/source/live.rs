@@ -27,9 +27,12 @@ use crate::{
     core::event::{
         Capture, CapturedWait, Event, How, LoopInfo, OpenStep, Owner, Runtime, Stack, Step, StepMarks, StepWait, Tid,
     },
-    runtime::cpython::{self, Inspector, Interpreter, NotUsable, PyThreadInfo, StepProbe},
+    runtime::cpython::{self, Inspector, Interpreter, NotUsable, ProbeSite, PyThreadInfo, StepProbe},
 };
 
+/// How long step probes stay after the last old step was seen. They cost about a microsecond a step, which a loop that
+/// is never blocked need not pay.
+const ARMED_FOR_NS: u64 = 300_000_000_000;
 /// Loops that are gone and still listed.
 const MAX_FINISHED: usize = 1000;
 /// A block that goes on is reported when it is this old, then each time its age has doubled.
@@ -72,6 +75,8 @@ struct Target {
     pidfd: OwnedFd,
     python: Option<Python>,
     uses_uvloop: bool,
+    /// Until when its step probes stay in place (ns); `None`: they are not.
+    armed_until_ns: Option<u64>,
     ended: bool,
 }
 
@@ -85,7 +90,18 @@ struct Loop {
     info: LoopInfo,
     python: Option<PyThreadInfo>,
     epoll_fd: i32,
+    slot: u32,
+    marks: Option<StepMark>,
     step: StepFacts,
+}
+
+/// How the steps of a loop can be marked.
+#[derive(Clone)]
+struct StepMark {
+    which: StepProbe,
+    site: ProbeSite,
+    /// `THREAD_*` of the loop while they are.
+    flags: u32,
 }
 
 /// What was found out about the step that runs, or ran last.
@@ -155,7 +171,7 @@ impl Live {
         let uses_uvloop = process::uses_uvloop(pid);
         let layout = python.as_ref().map(|python| python.interpreter.layout());
         self.kernel.watch_process(pid, layout.as_ref())?;
-        self.targets.insert(pid, Target { pid, pidfd, python, uses_uvloop, ended: false });
+        self.targets.insert(pid, Target { pid, pidfd, python, uses_uvloop, armed_until_ns: None, ended: false });
         Ok(())
     }
 
@@ -294,10 +310,7 @@ impl Live {
                 return Ok(());
             }
         };
-        let marks = self.mark_steps(pid, runtime, slot);
-        if let Some(flags) = marks {
-            self.kernel.update_thread(tid, |thread| thread.flags = flags)?;
-        }
+        let marks = self.step_marks(pid, runtime);
         if let Some(target) = self.targets.get_mut(&pid)
             && let Some(python) = &mut target.python
             && python.interpreter.refresh_asyncio()
@@ -312,30 +325,68 @@ impl Live {
             steps: if marks.is_some() { StepMarks::Exact } else { StepMarks::TicksOnly },
         };
         events.push(Event::LoopFound(info.clone()));
-        self.loops.insert(tid, Loop { info, python, epoll_fd, step: StepFacts::default() });
+        self.loops.insert(tid, Loop { info, python, epoll_fd, slot, marks, step: StepFacts::default() });
+        if self.targets[&pid].armed_until_ns.is_some() {
+            self.arm_loop(tid);
+        }
         Ok(())
     }
 
-    /// Places the step probe of this kind of loop; the thread's flags if it is in place.
-    fn mark_steps(&mut self, pid: u32, runtime: Runtime, slot: u32) -> Option<u32> {
+    /// Where the steps of this kind of loop can be marked, if they are wanted and there is such a place.
+    fn step_marks(&mut self, pid: u32, runtime: Runtime) -> Option<StepMark> {
         let (which, flags) = match (self.options.steps, runtime) {
             (Steps::Auto, Runtime::Asyncio) => (StepProbe::ContextRun, THREAD_STEPS_CONTEXT_RUN | THREAD_STEPS_NEST),
             (Steps::Auto, Runtime::Uvloop) => (StepProbe::ContextEnter, THREAD_STEPS_CONTEXT_ENTER),
             _ => return None,
         };
-        let interpreter = &self.targets.get(&pid)?.python.as_ref()?.interpreter;
-        let placed = interpreter
-            .probe_site(which)
-            .map_err(anyhow::Error::msg)
-            .and_then(|site| self.kernel.attach_steps(pid, which, (&site, slot)));
-        match placed {
-            Ok(()) => Some(flags),
+        match self.targets.get(&pid)?.python.as_ref()?.interpreter.probe_site(which) {
+            Ok(site) => Some(StepMark { which, site, flags }),
             Err(error) => {
                 self.notices.push(format!(
-                    "process {pid}: steps cannot be marked ({error:#}); ticks with several owners are cut by captures"
+                    "process {pid}: steps cannot be marked ({error}); ticks with several owners are cut by captures"
                 ));
                 None
             }
+        }
+    }
+
+    /// Puts the step probes of a process in place, or keeps them there: a step of it has become old.
+    fn arm(&mut self, pid: u32) {
+        let Some(target) = self.targets.get_mut(&pid) else { return };
+        if target.armed_until_ns.replace(process::monotonic_ns() + ARMED_FOR_NS).is_some() {
+            return;
+        }
+        let loops = self.loops.values().filter(|known| known.info.pid == pid);
+        for tid in loops.map(|known| known.info.tid).collect::<Vec<_>>() {
+            self.arm_loop(tid);
+        }
+    }
+
+    fn arm_loop(&mut self, tid: Tid) {
+        let Some(known) = self.loops.get_mut(&tid) else { return };
+        let Some(StepMark { which, site, flags }) = known.marks.clone() else { return };
+        let placed = self.kernel.attach_steps(known.info.pid, which, (&site, known.slot));
+        match placed.and_then(|()| self.kernel.update_thread(tid, |thread| thread.flags = flags)) {
+            Ok(()) => {}
+            Err(error) => {
+                known.marks = None;
+                self.notices.push(format!("process {}: steps cannot be marked ({error:#})", known.info.pid));
+            }
+        }
+    }
+
+    /// Takes step probes away that nothing has needed for a while.
+    fn disarm_unneeded(&mut self) {
+        let now = process::monotonic_ns();
+        for target in self.targets.values_mut() {
+            if target.armed_until_ns.is_none_or(|until| now < until) {
+                continue;
+            }
+            target.armed_until_ns = None;
+            for known in self.loops.values().filter(|known| known.info.pid == target.pid) {
+                let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags = 0);
+            }
+            self.kernel.detach_steps(target.pid);
         }
     }
 
@@ -344,6 +395,7 @@ impl Live {
     }
 
     fn capture(&mut self, record: &CaptureRecord, freshness: Freshness) -> Option<Event> {
+        self.arm(record.header.tgid);
         let tid = record.header.tid;
         let runs = |live: &Self| match freshness {
             Freshness::Unknown => live.is_running(tid, record.step_seq),
@@ -356,7 +408,8 @@ impl Live {
         let is_wait = record.cause == CaptureCause::Wait as u32;
         let key = (record.syscall, record.arg0);
         let known_on = facts.waits_on.iter().find(|(known, _)| *known == key).map(|(_, on)| on.clone());
-        let known_owner = facts.owner.clone().filter(|_| self.loops[&tid].info.steps == StepMarks::Exact);
+        // One owner for all of a step; a tick whose steps are not marked may have several.
+        let known_owner = facts.owner.clone().filter(|_| record.step_start_ns > record.tick_start_ns);
 
         let target = self.targets.get_mut(&record.header.tgid)?;
         let stack = match &mut target.python {
@@ -520,6 +573,7 @@ impl Live {
     /// on the way.
     pub fn reap(&mut self, events: &mut Vec<Event>) {
         self.cost.turn(&self.kernel);
+        self.disarm_unneeded();
         for target in self.targets.values_mut() {
             target.ended = process::has_ended(&target.pidfd);
         }

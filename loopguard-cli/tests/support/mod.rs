@@ -1,5 +1,7 @@
 //! Servers to watch, requests to send, and loopguard watching: what the tests on real kernels share.
 
+#![allow(dead_code, reason = "each test program uses its own part of it")]
+
 use std::{
     env, fs,
     io::{Read as _, Write as _},
