@@ -26,6 +26,7 @@ use crate::{
         text::{Look, Style, Text, Times, WallClock},
     },
     source::{
+        kernel::Talk,
         live::{Live, Options, Steps},
         process, target,
     },
@@ -64,6 +65,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
             args::Steps::Auto => Steps::Auto,
             args::Steps::Off => Steps::Off,
         },
+        talk: if arguments.debug_bpf { Talk::Debug } else { Talk::Silent },
     };
     let mut stop = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut live = Live::attach(&arguments.pids, options)?;

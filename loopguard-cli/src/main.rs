@@ -24,8 +24,15 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("loopguard: {}", printable(&format!("{error:#}")));
+            eprintln!("loopguard: {}", printable(&without_numbers(&format!("{error:#}"))));
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// Error texts of the system end in `(os error 2)`, which tells a person nothing.
+fn without_numbers(text: &str) -> String {
+    let mut parts = text.split(" (os error ");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| text + part.split_once(')').map_or(part, |(_, rest)| rest))
 }

@@ -7,6 +7,7 @@ use aya_ebpf::{
     EbpfContext as _, helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::tracepoint,
     programs::TracePointContext,
 };
+use aya_log_ebpf::debug;
 use loopguard_common::records::{PollRecord, RecordHeader, RecordKind};
 
 use crate::{
@@ -60,5 +61,6 @@ fn report_unknown(ctx: &TracePointContext, header: RecordHeader, now: u64, epoll
     let _ = REPORTED_POLLS.insert(header.tid, now, 0);
     // SAFETY: the number word of a system call's tracepoint, likewise.
     let syscall = unsafe { *ctx.as_ptr().cast::<u8>().add(SYSCALL_NUMBER).cast::<u64>() } as i32;
+    debug!(ctx, "thread {} of process {} polls epoll descriptor {}", header.tid, header.tgid, epoll_fd);
     send::poll(&PollRecord { header, at_ns: now, epoll_fd, syscall });
 }

@@ -15,6 +15,7 @@ use aya::{
     },
     sys::{Stats, enable_stats},
 };
+use aya_log::EbpfLogger;
 use loopguard_common::{
     clock::LoopClock,
     layout::PyLayout,
@@ -25,6 +26,7 @@ use super::btf;
 use crate::{
     core::event::Tid,
     runtime::cpython::{ProbeSite, StepProbe},
+    sink::escape::printable,
 };
 
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without the BPF toolchain.
@@ -40,6 +42,28 @@ pub struct Pace {
     pub threshold_ns: u64,
     /// A step or tick younger than this is not looked into.
     pub capture_age_ns: u64,
+}
+
+/// Whether the kernel programs say what they do (`--debug-bpf`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Talk {
+    Silent,
+    Debug,
+}
+
+/// Prints what the kernel programs log.
+struct ToStandardError;
+
+impl log::Log for ToStandardError {
+    fn enabled(&self, _metadata: &log::Metadata) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record) {
+        eprintln!("loopguard: kernel: {}", printable(&record.args().to_string()));
+    }
+
+    fn flush(&self) {}
 }
 
 impl Pace {
@@ -64,6 +88,7 @@ pub struct Kernel {
     /// Which thread has which slot.
     owners: Vec<Option<Tid>>,
     pace: Pace,
+    log: Option<EbpfLogger<ToStandardError>>,
     samplers: StdHashMap<Tid, PerfEventLinkId>,
     /// By process and program.
     step_probes: StdHashMap<(u32, &'static str), UProbeLinkId>,
@@ -88,7 +113,7 @@ pub struct Counts {
 
 impl Kernel {
     /// Loads and attaches everything that is not bound to one target.
-    pub fn load(pace: Pace) -> Result<(Self, RingBuf<MapData>)> {
+    pub fn load(pace: Pace, talk: Talk) -> Result<(Self, RingBuf<MapData>)> {
         if OBJECT.is_empty() {
             bail!("this loopguard was built without its kernel programs; build it again after `cargo xtask setup`");
         }
@@ -99,15 +124,22 @@ impl Kernel {
         let task_pid_offset =
             btf::field_offset(&vmlinux, "task_struct", "pid").context("the kernel's BTF has no task_struct.pid")?;
         let btf = Btf::parse(&vmlinux, aya::Endianness::default()).context("read the kernel's BTF")?;
+        // `log::Level` as a number; nothing is below 1.
+        let log_level: &u8 = if talk == Talk::Debug { &4 } else { &0 };
         let mut bpf = EbpfLoader::new()
             .btf(Some(&btf))
             .override_global("TASK_PID_OFFSET", &task_pid_offset, true)
+            .override_global("AYA_LOG_LEVEL", log_level, false)
             .override_global("FUTEX_SYSCALL", &(libc::SYS_futex as i32), true)
             .map_max_entries("THREADS", MAX_THREADS)
             .map_max_entries("CLOCKS", MAX_THREADS)
             .map_max_entries("CAPTURES", MAX_THREADS)
             .load(OBJECT)
             .context("load the kernel programs (root, or CAP_BPF and CAP_PERFMON, is needed)")?;
+        let log = match talk {
+            Talk::Debug => Some(EbpfLogger::init_with_logger(&mut bpf, ToStandardError).context("read the log")?),
+            Talk::Silent => None,
+        };
         let records = RingBuf::try_from(take_map(&mut bpf, "RECORDS")?)?;
         let mut kernel = Self {
             watched: take_map(&mut bpf, "WATCHED")?.try_into()?,
@@ -120,6 +152,7 @@ impl Kernel {
             ids: StdHashMap::new(),
             owners: vec![None; MAX_THREADS as usize],
             pace,
+            log,
             samplers: StdHashMap::new(),
             step_probes: StdHashMap::new(),
             bpf,
@@ -270,6 +303,13 @@ impl Kernel {
         self.clocks.get(&(slot as u32), 0).ok()
     }
 
+    /// Prints what the programs have logged since.
+    pub fn flush_log(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
+    }
+
     pub fn counts(&self) -> Counts {
         let total =
             |counter: Counter| self.counts.get(&(counter as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum::<u64>());
@@ -325,7 +365,7 @@ pub fn measure_run_time() -> Option<OwnedFd> {
 
 /// Loads everything and lets go of it again.
 pub fn try_load() -> Result<()> {
-    Kernel::load(Pace { threshold_ns: u64::MAX, capture_age_ns: u64::MAX }).map(drop)
+    Kernel::load(Pace { threshold_ns: u64::MAX, capture_age_ns: u64::MAX }, Talk::Silent).map(drop)
 }
 
 /// Where tracefs is not mounted, mounts it in a mount namespace of our own: nothing is left behind.

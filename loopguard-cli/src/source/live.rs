@@ -20,7 +20,7 @@ use tokio::io::unix::AsyncFd;
 use super::{
     cost::CostMeter,
     decode::{Record, decode},
-    kernel::{Counts, Kernel, Pace, Standing},
+    kernel::{Counts, Kernel, Pace, Standing, Talk},
     process, syscall,
 };
 use crate::{
@@ -50,6 +50,8 @@ pub enum Steps {
 pub struct Options {
     pub threshold_ns: u64,
     pub steps: Steps,
+    /// Whether the kernel programs' own log is printed.
+    pub talk: Talk,
 }
 
 pub struct Live {
@@ -132,7 +134,8 @@ impl Live {
             // The tick has to be cut from captures: they must begin before its first owner is gone.
             Steps::Off => options.threshold_ns / 4,
         };
-        let (kernel, records) = Kernel::load(Pace { threshold_ns: options.threshold_ns, capture_age_ns })?;
+        let (kernel, records) =
+            Kernel::load(Pace { threshold_ns: options.threshold_ns, capture_age_ns }, options.talk)?;
         let mut live = Self {
             kernel,
             // SAFETY: the ring buffer owns its descriptor and keeps it open as long as it lives.
@@ -573,6 +576,7 @@ impl Live {
     /// on the way.
     pub fn reap(&mut self, events: &mut Vec<Event>) {
         self.cost.turn(&self.kernel);
+        self.kernel.flush_log();
         self.disarm_unneeded();
         for target in self.targets.values_mut() {
             target.ended = process::has_ended(&target.pidfd);
