@@ -153,7 +153,8 @@ fn a_background_task_is_nobodys_request() {
             for client in 0..4 {
                 let server = &server;
                 scope.spawn(move || {
-                    for i in 0..20 {
+                    // Each takes 10 ms at least: in all several periods of the background task.
+                    for i in 0..120 {
                         server.get(&format!("/fine/{i}"), &format!("fine-{client}-{i}"));
                     }
                 });
@@ -211,13 +212,13 @@ fn the_target_survives_the_death_of_loopguard_and_loopguard_that_of_the_target()
     let Some(python) = pythons().into_iter().next() else { return };
     let setup = Setup { python: &python, server: "uvicorn-httptools", event_loop: "uvloop", environment: &[] };
     let server = Server::start(&setup);
-    let before = changed_code_pages(server.pid());
+    let before = probed_code(server.pid());
 
     let watching = Watching::start(server.pid(), &["--threshold", THRESHOLD]);
     server.get("/block/sleep/200", "first");
     watching.kill();
     assert!(server.get("/fine/alive", "alive").contains("200 OK"));
-    assert_eq!(changed_code_pages(server.pid()), before, "the target's code is as it was");
+    assert_eq!(probed_code(server.pid()), before, "the target's code is as it was");
 
     // Two at once, one after a crashed one: each sees what happens.
     let (one, other) = (
@@ -239,7 +240,7 @@ fn the_target_survives_the_death_of_loopguard_and_loopguard_that_of_the_target()
 }
 
 /// The bytes of the functions that step probes go to, read from the process's memory.
-fn changed_code_pages(pid: u32) -> Vec<Vec<u8>> {
+fn probed_code(pid: u32) -> Vec<Vec<u8>> {
     use loopguard::runtime::cpython::{StepProbe, find};
     use std::os::unix::fs::FileExt as _;
     let interpreter = find(pid).unwrap();

@@ -17,7 +17,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use loopguard_common::{
-    clock::LoopClock,
+    clock::{LoopClock, SwitchOut},
     layout::PyLayout,
     records::{Counter, LoopThread, STEP_CUT_AT_ATTACH},
 };
@@ -99,8 +99,9 @@ pub struct Kernel {
 pub enum Standing {
     /// In its poll, or not known to be in a tick: its first tick begins at its next return from the poll.
     Idle,
-    /// In the middle of a tick: it counts from this moment (ns).
-    InTick(u64),
+    /// In the middle of a tick: it counts from this moment. If it sleeps, in which system call and with which first
+    /// argument.
+    InTick { now_ns: u64, waits_in: Option<(i32, u64)> },
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -235,9 +236,13 @@ impl Kernel {
         thread.capture_age_ns = self.pace.capture_age_ns;
         thread.capture_gap_ns = self.pace.gap_ns();
         let mut clock = LoopClock::idle();
-        if let Standing::InTick(now) = standing {
-            clock.begin_tick(now);
+        if let Standing::InTick { now_ns, waits_in } = standing {
+            clock.begin_tick(now_ns);
             clock.step_flags = STEP_CUT_AT_ATTACH;
+            if let Some((syscall, arg0)) = waits_in {
+                let gil = syscall == libc::SYS_futex as i32 && thread.gil.iter().any(|range| range.contains(arg0));
+                clock.switch_out(now_ns, SwitchOut::Waits { syscall, arg0, gil });
+            }
         }
         let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
         let link = program

@@ -110,7 +110,8 @@ struct StepMark {
 #[derive(Default)]
 struct StepFacts {
     seq: u64,
-    owner: Option<Owner>,
+    /// Whose it is, and when that was seen.
+    owner: Option<(Owner, u64)>,
     waits_on: Vec<((i32, u64), Option<String>)>,
     /// Looked at from here while it waited.
     looked_at: bool,
@@ -233,7 +234,6 @@ impl Live {
 
     /// A loop thread in the middle of a tick shows no poll, but the frames of its loop.
     fn find_busy_loop(&mut self, pid: u32, tid: Tid, events: &mut Vec<Event>) -> Result<()> {
-        let now = process::monotonic_ns();
         let [epoll_fd] = process::epoll_descriptors(pid)[..] else { return Ok(()) };
         let Some((python, stack)) = self.python_stack(pid, tid) else { return Ok(()) };
         let uses_uvloop = self.targets.get(&pid).is_some_and(|target| target.uses_uvloop);
@@ -242,7 +242,11 @@ impl Live {
             LoopFrames::Runner if uses_uvloop => Runtime::Uvloop,
             _ => return Ok(()),
         };
-        self.adopt(Found { pid, tid, epoll_fd, runtime, python: Some(python) }, Standing::InTick(now), events)
+        let standing = Standing::InTick {
+            now_ns: process::monotonic_ns(),
+            waits_in: process::current_syscall(pid, tid).map(|(number, arg0)| (number as i32, arg0)),
+        };
+        self.adopt(Found { pid, tid, epoll_fd, runtime, python: Some(python) }, standing, events)
     }
 
     /// A thread polls: is it a loop of ours, and is this the loop's own poll?
@@ -411,8 +415,11 @@ impl Live {
         let is_wait = record.cause == CaptureCause::Wait as u32;
         let key = (record.syscall, record.arg0);
         let known_on = facts.waits_on.iter().find(|(known, _)| *known == key).map(|(_, on)| on.clone());
-        // One owner for all of a step; a tick whose steps are not marked may have several.
-        let known_owner = facts.owner.clone().filter(|_| record.step_start_ns > record.tick_start_ns);
+        // One owner for all of a step; in a tick whose steps are not marked only for as long as the thread stays put.
+        let is_step = record.step_start_ns > record.tick_start_ns;
+        let known_owner = facts.owner.as_ref();
+        let known_owner = known_owner.filter(|(_, at)| is_step || (record.at_ns..=record.until_ns).contains(at));
+        let known_owner = known_owner.map(|(owner, _)| owner.clone());
 
         let target = self.targets.get_mut(&record.header.tgid)?;
         let stack = match &mut target.python {
@@ -447,7 +454,7 @@ impl Live {
         };
         let facts = &mut self.loops.get_mut(&tid)?.step;
         if !matches!(owner, Owner::Unknown(_)) {
-            facts.owner = Some(owner.clone());
+            facts.owner = Some((owner.clone(), record.until_ns));
         }
         if is_wait && on.is_some() && !facts.waits_on.iter().any(|(known, _)| *known == key) {
             facts.waits_on.push((key, on.clone()));
