@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use loopguard::core::event::{Origin, RequestFacts, Stack};
 use loopguard::runtime::cpython::{
-    self, Inspector, Interpreter, MemoryImage, NotUsable, PyThreadInfo, StepProbe, Version,
+    self, Inspector, Interpreter, MemoryImage, NotTold, NotUsable, PyThreadInfo, StepProbe, Version,
 };
 use loopguard::runtime::memory::ProcessMemory;
 use loopguard_common::layout::ABSENT;
@@ -113,7 +113,7 @@ fn check(interpreter: Arc<Interpreter>, thread: &PyThreadInfo, expected: &Expect
     let request = inspector.request(&capture.request);
     check_request(&name, request.as_ref(), expected.request);
 
-    let task = inspector.current_task(thread, capture.task);
+    let task = inspector.current_task(thread, capture.task).unwrap();
     assert_eq!(task.as_ref().and_then(|task| task.coroutine.as_deref()), expected.task, "{name}");
     let Some(task) = task else { return };
     let task_name = task.name.unwrap_or_default();
@@ -121,7 +121,11 @@ fn check(interpreter: Arc<Interpreter>, thread: &PyThreadInfo, expected: &Expect
         task_name.starts_with("Task-") || task_name == "child-of-await" || task_name == "background",
         "{name}: {task_name}"
     );
-    let through_task = inspector.request_of_task(task.address);
+    if expected.mode == "shared" {
+        assert_eq!(inspector.request_of_task(task.address), Err(NotTold::SeveralRequests), "{name}");
+        return;
+    }
+    let through_task = inspector.request_of_task(task.address).unwrap();
     check_request(&name, through_task.as_ref(), expected.request_of_task);
     if request.is_some() {
         assert_eq!(request, through_task, "{name}");
@@ -286,7 +290,7 @@ fn check_other_thread(target: &Target, interpreter: &Arc<Interpreter>) {
     let mut capture: CaptureRecord = unsafe { std::mem::zeroed() };
     let mut scratch = Scratch::default();
     walk(interpreter, other, &mut scratch, &mut capture);
-    assert_eq!(inspector.current_task(other, capture.task), None);
+    assert_eq!(inspector.current_task(other, capture.task), Ok(None));
     // A thread state that is not the thread's own gives nothing.
     walk(interpreter, &PyThreadInfo { native_thread_id: 1, ..*other }, &mut scratch, &mut capture);
     assert_eq!((capture.walk, capture.frame_count), (WalkStatus::NotThisThread as u32, 0));
@@ -464,8 +468,8 @@ fn look_at_everything(interpreter: &Arc<Interpreter>, thread: &PyThreadInfo) {
     let mut inspector = Inspector::new(interpreter.clone());
     inspector.stack(&capture.frames[..capture.frame_count as usize], WalkStatus::Complete);
     inspector.request(&capture.request);
-    if let Some(task) = inspector.current_task(thread, capture.task) {
-        inspector.request_of_task(task.address);
+    if let Ok(Some(task)) = inspector.current_task(thread, capture.task) {
+        let _ = inspector.request_of_task(task.address);
     }
 }
 

@@ -484,15 +484,15 @@ impl Live {
         if walk_status(record) == WalkStatus::NotThisThread || record.frame_count == 0 {
             return Owner::Unknown("its frames could not be read");
         }
-        if !python.interpreter.knows_asyncio() {
-            return Owner::Unknown("its current task could not be read");
-        }
-        let Some(task) = python.inspector.current_task(&thread, record.task) else {
-            return Owner::NoRequest { task: None };
+        let task = match python.inspector.current_task(&thread, record.task) {
+            Ok(Some(task)) => task,
+            Ok(None) => return Owner::NoRequest { task: None },
+            Err(reason) => return Owner::Unknown(reason.reason()),
         };
         match python.inspector.request_of_task(task.address) {
-            Some(request) => Owner::Request { request: Arc::new(request), how: How::AsyncioTask },
-            None => Owner::NoRequest { task: task.name.or(task.coroutine) },
+            Ok(Some(request)) => Owner::Request { request: Arc::new(request), how: How::AsyncioTask },
+            Ok(None) => Owner::NoRequest { task: task.name.or(task.coroutine) },
+            Err(reason) => Owner::Unknown(reason.reason()),
         }
     }
 

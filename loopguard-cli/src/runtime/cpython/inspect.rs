@@ -6,7 +6,7 @@ use loopguard_common::records::{RawFrame, RequestSnapshot, WalkStatus};
 
 use super::code::Codes;
 use super::request::Routes;
-use super::{Interpreter, PyThreadInfo, TaskFacts};
+use super::{Interpreter, NotTold, PyThreadInfo, TaskFacts};
 use crate::core::event::{RequestFacts, Stack};
 
 /// Resolves the captures of one process; its caches are bounded.
@@ -45,19 +45,20 @@ impl Inspector {
         self.routes.request(&self.interpreter, snapshot)
     }
 
-    /// The asyncio task that a thread runs; `None`: none, or it can't be told.
+    /// The asyncio task that a thread runs; `Ok(None)`: it runs none.
     ///
     /// `running_task` is what the capture says (3.14 on). Before 3.14 that is 0 and the target is read, so the answer
     /// belongs to the capture only as long as the step it was taken in still runs.
-    pub fn current_task(&mut self, thread: &PyThreadInfo, running_task: u64) -> Option<TaskFacts> {
+    pub fn current_task(&mut self, thread: &PyThreadInfo, running_task: u64) -> Result<Option<TaskFacts>, NotTold> {
         let task = self.interpreter.current_task(thread, running_task)?;
-        Some(self.interpreter.task_facts(task))
+        Ok(task.map(|task| self.interpreter.task_facts(task)))
     }
 
-    /// The request that a live task works for, by its own coroutines or by those that await it; `None`: none, or not
-    /// just one.
-    pub fn request_of_task(&mut self, task: u64) -> Option<RequestFacts> {
-        let snapshot = self.interpreter.request_of_task(&mut self.codes, task)?;
-        self.request(&snapshot)
+    /// The request that a live task works for, by its own coroutines or by those that await it; `Ok(None)`: none.
+    pub fn request_of_task(&mut self, task: u64) -> Result<Option<RequestFacts>, NotTold> {
+        match self.interpreter.request_of_task(&mut self.codes, task)? {
+            Some(snapshot) => self.request(&snapshot).map(Some).ok_or(NotTold::Unreadable),
+            None => Ok(None),
+        }
     }
 }

@@ -27,7 +27,7 @@ use offsets::{ASYNCIO_OFFSETS_SIZE, AsyncioOffsets, BadOffsets, DEBUG_OFFSETS_SI
 
 pub use inspect::Inspector;
 pub use probe::{ProbeSite, StepProbe};
-pub use task::TaskFacts;
+pub use task::{NotTold, TaskFacts};
 
 const MAX_INTERPRETERS: usize = 64;
 const MAX_THREADS: usize = 8192;

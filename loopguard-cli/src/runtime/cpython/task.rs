@@ -1,7 +1,7 @@
 //! Turns a thread into its current asyncio task, and a task into the request it works for.
 //!
-//! A task that has no ASGI scope in its own coroutines works for whoever awaits it. The answer is `None` where the
-//! awaiters do not lead to one request: no guesses.
+//! A task that has no ASGI scope in its own coroutines works for whoever awaits it. Where the awaiters lead to several
+//! requests the answer is that it can't be told: no guesses.
 
 use std::collections::HashSet;
 
@@ -69,12 +69,42 @@ const NO_REQUEST: RequestSnapshot = RequestSnapshot {
     traceparent: [0; TRACEPARENT_OBJECT],
 };
 
+/// Why something about a task can't be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotTold {
+    Unreadable,
+    SeveralRequests,
+    TooManyAwaiters,
+}
+
+impl NotTold {
+    /// For people, in a few words.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Unreadable => "its task could not be read",
+            Self::SeveralRequests => "tasks of several requests await it",
+            Self::TooManyAwaiters => "too many tasks await each other",
+        }
+    }
+}
+
 impl Interpreter {
-    /// Address of the task `thread` runs; `running` is what its thread state said (3.14 on). Before 3.14 it is what
-    /// runs now, through the thread's running event loop.
-    pub(super) fn current_task(&self, thread: &PyThreadInfo, running: u64) -> Option<u64> {
-        let task = if self.version.minor >= 14 { running } else { self.task_of_running_loop(thread).ok()?? };
-        (task != 0 && self.is_task(task)).then_some(task)
+    /// Address of the task `thread` runs, `Ok(None)`: it runs none. `running` is what its thread state said (3.14 on).
+    /// Before 3.14 it is what runs now, through the thread's running event loop.
+    pub(super) fn current_task(&self, thread: &PyThreadInfo, running: u64) -> Result<Option<u64>, NotTold> {
+        let task = if self.version.minor >= 14 {
+            if !self.knows_asyncio() {
+                return Err(NotTold::Unreadable);
+            }
+            running
+        } else {
+            self.task_of_running_loop(thread).map_err(|_| NotTold::Unreadable)?.unwrap_or(0)
+        };
+        match task {
+            0 => Ok(None),
+            task if self.is_task(task) => Ok(Some(task)),
+            _ => Err(NotTold::Unreadable),
+        }
     }
 
     /// `_current_tasks[running loop]`, as `asyncio.current_task()` finds it, for one thread of several.
@@ -150,8 +180,12 @@ impl Interpreter {
         object != 0 && self.type_name(object).is_ok_and(|name| name.ends_with("Future") || name.ends_with("Task"))
     }
 
-    /// The request a task works for: by a scope in its own coroutines, else by those that await it.
-    pub(super) fn request_of_task(&self, codes: &mut Codes, task: u64) -> Option<RequestSnapshot> {
+    /// The request a task works for: by a scope in its own coroutines, else by those that await it. `Ok(None)`: it
+    /// works for none.
+    pub(super) fn request_of_task(&self, codes: &mut Codes, task: u64) -> Result<Option<RequestSnapshot>, NotTold> {
+        if self.task_coroutine(task).is_err() {
+            return Err(NotTold::Unreadable);
+        }
         let mut visited = HashSet::from([task]);
         let mut hop = vec![task];
         let mut found: Option<RequestSnapshot> = None;
@@ -160,18 +194,20 @@ impl Interpreter {
             for object in std::mem::take(&mut hop) {
                 let request = if self.is_task(object) { self.scope_of_task(codes, object) } else { None };
                 match (request, &found) {
-                    (Some(request), Some(other)) if request.scope != other.scope => return None,
+                    (Some(request), Some(other)) if request.scope != other.scope => {
+                        return Err(NotTold::SeveralRequests);
+                    }
                     (Some(request), _) => found = Some(request),
                     (None, _) => awaiters.extend(self.awaiters(object)),
                 }
             }
             awaiters.retain(|awaiter| visited.insert(*awaiter));
             if visited.len() > MAX_VISITED {
-                return None;
+                return Err(NotTold::TooManyAwaiters);
             }
             hop = awaiters;
         }
-        found
+        Ok(found)
     }
 
     /// The outermost scope in a task's coroutines, with the first route there is.
