@@ -76,7 +76,7 @@ pub struct Doctor {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Steps {
-    /// Mark every step with a probe where that is possible: owners are exact, at about 0.5 us a step
+    /// Mark steps with a probe where that is possible, from the first late one on: owners are exact
     Auto,
     /// No probes: a tick with several owners is cut where captures see the owner change, and owners are inferred
     Off,
