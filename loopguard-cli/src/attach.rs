@@ -1,7 +1,7 @@
 //! `loopguard attach`: follows running processes until they end, the time is over or somebody says stop.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{self, BufWriter, IsTerminal as _, Write},
     time::{Duration, SystemTime},
@@ -68,7 +68,8 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
         talk: if arguments.debug_bpf { Talk::Debug } else { Talk::Silent },
     };
     let mut stop = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    let mut live = Live::attach(&arguments.pids, options)?;
+    let pids: BTreeSet<u32> = arguments.pids.iter().copied().collect();
+    let mut live = Live::attach(&pids, options)?;
     let mut profile = Profile::new(Settings { threshold_ns: options.threshold_ns });
     let mut events = Vec::new();
     live.scan(&mut events)?;

@@ -11,7 +11,7 @@ use anyhow::Result;
 use crate::{
     args,
     runtime::cpython::{self, Interpreter, NotUsable, StepProbe},
-    sink::escape::printable,
+    sink::escape::{plain, printable},
     source::{btf, kernel, process, target},
 };
 
@@ -105,9 +105,13 @@ fn look_at_machine(findings: &mut Findings) {
             findings.add(Level::Broken, "privilege", format!("{name} is missing: run as root (sudo)"));
         }
     }
+    if target::check_privileges().is_err() {
+        findings.add(Level::Limited, "programs", "not tried without the privileges above");
+        return;
+    }
     match kernel::try_load() {
         Ok(()) => findings.add(Level::Fine, "programs", "the kernel accepts all of loopguard's programs"),
-        Err(error) => findings.add(Level::Broken, "programs", first_line(&format!("{error:#}"))),
+        Err(error) => findings.add(Level::Broken, "programs", plain(&first_line(&format!("{error:#}")))),
     }
 }
 

@@ -6,7 +6,7 @@ use clap::Parser as _;
 use loopguard::{
     args::{Args, Command},
     attach, doctor,
-    sink::escape::printable,
+    sink::escape::{plain, printable},
 };
 
 /// As linters have them.
@@ -24,15 +24,8 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("loopguard: {}", printable(&without_numbers(&format!("{error:#}"))));
+            eprintln!("loopguard: {}", printable(&plain(&format!("{error:#}"))));
             ExitCode::from(FAILED)
         }
     }
-}
-
-/// Error texts of the system end in `(os error 2)`, which tells a person nothing.
-fn without_numbers(text: &str) -> String {
-    let mut parts = text.split(" (os error ");
-    let first = parts.next().unwrap_or_default().to_owned();
-    parts.fold(first, |text, part| text + part.split_once(')').map_or(part, |(_, rest)| rest))
 }

@@ -38,6 +38,13 @@ impl Display for Escaped<'_> {
     }
 }
 
+/// An error's text without the numbers that the system's own end in: `(os error 2)` tells a person nothing.
+pub fn plain(text: &str) -> String {
+    let mut parts = text.split(" (os error ");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| text + part.split_once(')').map_or(part, |(_, rest)| rest))
+}
+
 /// Whether a terminal or an editor may act on the character instead of showing it: controls (C0, C1, DEL), line and
 /// paragraph separators, and what turns the direction of writing or hides.
 pub fn is_dangerous(char: char) -> bool {
@@ -53,6 +60,12 @@ pub fn is_dangerous(char: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn error_numbers_are_left_out() {
+        assert_eq!(plain("open x: No such file (os error 2): too bad"), "open x: No such file: too bad");
+        assert_eq!(plain("nothing (to) see"), "nothing (to) see");
+    }
 
     fn check(text: &str, expected: &str) {
         assert_eq!(printable(text).to_string(), expected);

@@ -4,7 +4,13 @@
 //! kernel copies what it can on the spot; the rest is read from here and kept only if the thread's step counter shows
 //! that the same step was still running afterwards.
 
-use std::{collections::HashMap, io, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{MapData, RingBuf};
@@ -128,7 +134,7 @@ pub struct LoopTotals {
 
 impl Live {
     /// Loads the kernel programs and finds the loops of `pids`. Events of what is found come with the first drain.
-    pub fn attach(pids: &[u32], options: Options) -> Result<Self> {
+    pub fn attach(pids: &BTreeSet<u32>, options: Options) -> Result<Self> {
         let capture_age_ns = match options.steps {
             // Half the threshold leaves the other half to read the target while the step still runs.
             Steps::Auto => options.threshold_ns / 2,
