@@ -379,23 +379,22 @@ fn private_tracefs() -> io::Result<()> {
         return Ok(());
     }
     let check = |result: libc::c_int| if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
-    // SAFETY: plain system calls on constant strings.
-    unsafe {
-        check(libc::unshare(libc::CLONE_NEWNS))?;
-        check(libc::mount(
-            c"none".as_ptr(),
-            c"/".as_ptr(),
-            std::ptr::null(),
-            libc::MS_REC | libc::MS_PRIVATE,
-            std::ptr::null(),
-        ))?;
-        check(libc::mount(
-            c"loopguard".as_ptr(),
-            c"/sys/kernel/tracing".as_ptr(),
-            c"tracefs".as_ptr(),
-            libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
-            std::ptr::null(),
-        ))?;
+    let none = std::ptr::null();
+    // SAFETY: a plain system call.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+    // What is mounted from here on must not spread to the namespace we came from. In a chroot `/` need not be a mount
+    // point, but what holds the folder to mount on is one.
+    let private = [c"/", c"/sys", c"/sys/kernel"].map(|point| {
+        // SAFETY: constant strings, and null where the call takes nothing.
+        check(unsafe { libc::mount(none, point.as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast()) })
+    });
+    if private.iter().all(Result::is_err) {
+        return private.into_iter().next().unwrap_or(Ok(()));
     }
+    let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    // SAFETY: constant strings.
+    check(unsafe {
+        libc::mount(c"loopguard".as_ptr(), c"/sys/kernel/tracing".as_ptr(), c"tracefs".as_ptr(), flags, none.cast())
+    })?;
     fs::metadata(Path::new(TRACEFS).join("events")).map(drop)
 }
