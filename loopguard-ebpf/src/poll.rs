@@ -39,9 +39,7 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     {
         if target.clock.in_tick() {
             let ended = target.clock.end_step(now);
-            if ended.duration_ns() >= target.thread.threshold_ns {
-                send::step(target.thread, target.clock, ended);
-            }
+            send::step_if_long(target.thread, target.clock, ended);
         }
         target.clock.end_tick(now);
         return 0;

@@ -56,6 +56,12 @@ fn switched_out(target: Watched, preempted: bool) {
     }
     let registers = user_registers();
     if registers.arg0 as i32 == target.thread.epoll_fd && is_epoll(registers.syscall) {
+        // The poll's tracepoint ended the tick already, unless it was passed over: the kernel skips a program when
+        // another one, or a map operation of ours, is in the middle of its work on this processor.
+        if target.clock.in_tick() {
+            let ended = target.clock.end_step(now);
+            send::step_if_long(target.thread, target.clock, ended);
+        }
         target.clock.switch_out(now, SwitchOut::Polls);
         return;
     }

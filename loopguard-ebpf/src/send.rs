@@ -11,9 +11,16 @@ use loopguard_common::{
 
 use crate::maps::{RECORDS, count};
 
+#[inline(always)]
+pub fn step_if_long(thread: &LoopThread, clock: &LoopClock, ended: EndedStep) {
+    if ended.duration_ns() >= thread.threshold_ns {
+        step(thread, clock, ended);
+    }
+}
+
 /// Out of line: nearly every edge ends a short step, and what it does not run should not be in its way.
 #[inline(never)]
-pub fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep) {
+fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep) {
     let Some(mut entry) = RECORDS.reserve::<StepRecord>(0) else {
         count(Counter::Lost);
         return;

@@ -47,8 +47,6 @@ fn step_edge(ctx: &ProbeContext, marks: u32) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     let ended = target.clock.end_step(now);
-    if ended.duration_ns() >= target.thread.threshold_ns {
-        send::step(target.thread, target.clock, ended);
-    }
+    send::step_if_long(target.thread, target.clock, ended);
     target.clock.begin_step(now, STEP_PROBED);
 }
