@@ -103,7 +103,7 @@ class App:
 
 
 class CancelScope:
-    __slots__ = "deadline", "_host_task"
+    __slots__ = ("deadline", "_host_task")  # noqa: RUF023
 
     def __init__(self):
         self._host_task = asyncio.current_task()
@@ -186,7 +186,7 @@ async def closure():
 
 
 async def serve(mode):
-    others = [asyncio.create_task(bystander(make_scope("/other/%d" % n))) for n in range(3)]
+    _alive = [asyncio.create_task(bystander(make_scope(f"/other/{n}"))) for n in range(3)]
     await asyncio.sleep(0)
     if mode in GLOBAL_MODES:
         await GLOBAL_MODES[mode]()
