@@ -304,7 +304,7 @@ mod tests {
                   How the steps of tasks are told apart
 
                   Possible values:
-                  - auto: Mark every step with a probe where that is possible: owners are exact, at about 0.5 us a step
+                  - auto: Mark steps with a probe where that is possible, from the first late one on: owners are exact
                   - off:  No probes: a tick with several owners is cut where captures see the owner change, and owners are inferred
 
                   [default: auto]
