@@ -130,13 +130,13 @@ class TaskGroup:
 
 async def shared():
     """Two requests await one task: it belongs to neither alone."""
-    task = asyncio.create_task(middle())
 
     async def owner(scope):
         await task
 
-    first, second = make_scope("/first", 1), make_scope("/second", 2)
-    await asyncio.gather(owner(first), owner(second))
+    owners = asyncio.gather(owner(make_scope("/first", 1)), owner(make_scope("/second", 2)))
+    task = asyncio.create_task(middle())  # Runs after its owners: both await it by the time it blocks.
+    await owners
 
 
 async def detached():
