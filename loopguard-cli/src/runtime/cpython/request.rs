@@ -86,7 +86,9 @@ impl Interpreter {
     }
 }
 
+/// The host alone where what was copied as the port is none: some servers keep a string there.
 fn peer(host: &str, port: u32) -> String {
+    let Some(port) = u16::try_from(port).ok().filter(|port| *port != 0) else { return host.to_owned() };
     if host.parse::<Ipv6Addr>().is_ok() { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
 
@@ -149,6 +151,8 @@ mod tests {
     fn peers() {
         assert_eq!(peer("127.0.0.1", 80), "127.0.0.1:80");
         assert_eq!(peer("::1", 80), "[::1]:80");
+        assert_eq!(peer("127.0.0.1", u32::MAX), "127.0.0.1");
+        assert_eq!(peer("::1", 0), "::1");
     }
 
     #[test]
