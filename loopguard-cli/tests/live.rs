@@ -2,7 +2,14 @@
 
 mod support;
 
-use std::{fs, path::Path, thread, time::Duration};
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
 
 use support::{Events, Server, Setup, Watching, alone, can_trace, line_of, pythons, signal};
 
@@ -201,6 +208,30 @@ fn a_block_that_goes_on_is_shown_and_attaching_in_its_middle_works() {
             assert_eq!(events.blocks_of("stuck").count(), 1, "{event_loop}: {:#?}", events.lines);
         });
     }
+}
+
+#[test]
+fn a_loop_that_starts_later_is_found() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next_back() else { return };
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/later_loop.py");
+    let mut target = Command::new(python).arg(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut says = BufReader::new(target.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert_eq!(says.next().as_deref(), Some("ready"));
+    let watching = Watching::start(target.id(), &["--threshold", "100ms"]);
+    target.stdin.as_mut().unwrap().write_all(b"start\n").unwrap();
+    assert_eq!(says.next().as_deref(), Some("done"));
+    // The end of its standard input ends the program, and that loopguard.
+    drop(target.stdin.take());
+    let events = watching.ended();
+    target.wait().unwrap();
+    let blocks: Vec<_> = events.blocks().filter(|block| line_of(block, "second").is_some()).collect();
+    assert!(!blocks.is_empty(), "{:#?}", events.lines);
+    assert!(blocks.iter().all(|block| block["tid"] != block["pid"]), "in the second thread: {blocks:#?}");
+    assert_eq!(events.summary()["threads"].as_array().map(Vec::len), Some(2), "{:#?}", events.lines);
 }
 
 #[test]
