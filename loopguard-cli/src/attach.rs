@@ -132,7 +132,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
     let measured = Measured {
         duration: Duration::from_nanos(process::monotonic_ns() - started),
         ticks: live.loops().iter().map(|totals| (totals.info.tid, totals.ticks)).collect::<BTreeMap<_, _>>(),
-        lost_records: live.counts().lost,
+        lost_records: live.lost(),
         unsymbolized: live.unsymbolized(),
         self_cpu: process::own_cpu() + live.kernel_cpu(),
     };

@@ -234,12 +234,8 @@ pub enum Counter {
     Lost = 0,
     /// Records sent.
     Sent = 1,
-    /// Captures taken, sent or not.
-    Captures = 2,
-    /// Captures whose thread state belonged to another thread.
-    Stale = 3,
 }
-pub const COUNTERS: u32 = 4;
+pub const COUNTERS: u32 = 2;
 
 const _: () = assert!(size_of::<RecordHeader>() == 16);
 const _: () = assert!(size_of::<Wait>() == 24);

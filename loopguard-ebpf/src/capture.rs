@@ -1,7 +1,6 @@
 //! Captures what a loop thread is doing: registers, interpreter frames and the request in them.
 
 use aya_ebpf::{
-    EbpfContext as _,
     bindings::pt_regs,
     helpers::generated::{bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_probe_read_user, bpf_task_pt_regs},
     helpers::{bpf_get_current_pid_tgid, bpf_probe_read_kernel},
@@ -11,14 +10,14 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::{BACKOFF_STEP, BACKOFF_TICK, CapturePace},
     records::{
-        CaptureCause, Counter, LoopThread, RecordHeader, RecordKind, SYSCALL_NONE, THREAD_STEPS_CONTEXT_ENTER,
+        CaptureCause, LoopThread, RecordHeader, RecordKind, SYSCALL_NONE, THREAD_STEPS_CONTEXT_ENTER,
         THREAD_STEPS_CONTEXT_RUN, WalkStatus,
     },
     walk::{Memory, PyThread, snapshot_request, walk_frames},
 };
 
 use crate::{
-    maps::{CaptureBuffer, LAYOUTS, Watched, capture_buffer, count, watched},
+    maps::{CaptureBuffer, LAYOUTS, Watched, capture_buffer, watched},
     send,
 };
 
@@ -90,16 +89,12 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
     record.frame_count = 0;
     record.walk = WalkStatus::None as u32;
     record.task = 0;
-    count(Counter::Captures);
     // SAFETY: written before the thread is watched, then only replaced whole.
     if let Some(layout) = unsafe { LAYOUTS.get(target.thread.tgid) }
         && target.thread.thread_state != 0
     {
         let thread = PyThread { state: target.thread.thread_state, native_thread_id: target.thread.native_thread_id };
         walk_frames(&OwnMemory, layout, thread, scratch, record);
-        if record.walk == WalkStatus::NotThisThread as u32 {
-            count(Counter::Stale);
-        }
         if scratch.known_scope == 0 || scratch.known_scope != scratch.outermost() || record.request.route == 0 {
             snapshot_request(&OwnMemory, layout, scratch, &mut record.request);
         }
@@ -110,8 +105,7 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
 
 /// The sampling clock of one loop thread ticked while the thread was on the CPU.
 #[perf_event]
-pub fn on_sample(ctx: PerfEventContext) -> u32 {
-    let _ = ctx.as_ptr();
+pub fn on_sample(_ctx: PerfEventContext) -> u32 {
     let tid = bpf_get_current_pid_tgid() as u32;
     if let Some(target) = watched(tid) {
         // SAFETY: a helper without conditions.

@@ -108,8 +108,6 @@ pub enum Standing {
 pub struct Counts {
     pub lost: u64,
     pub sent: u64,
-    pub captures: u64,
-    pub stale: u64,
 }
 
 impl Kernel {
@@ -318,12 +316,7 @@ impl Kernel {
     pub fn counts(&self) -> Counts {
         let total =
             |counter: Counter| self.counts.get(&(counter as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum::<u64>());
-        Counts {
-            lost: total(Counter::Lost),
-            sent: total(Counter::Sent),
-            captures: total(Counter::Captures),
-            stale: total(Counter::Stale),
-        }
+        Counts { lost: total(Counter::Lost), sent: total(Counter::Sent) }
     }
 
     /// CPU time of all programs while the kernel's statistics were on (see [`measure_run_time`]).

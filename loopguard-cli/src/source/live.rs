@@ -26,7 +26,7 @@ use tokio::io::unix::AsyncFd;
 use super::{
     cost::CostMeter,
     decode::{Record, decode},
-    kernel::{Counts, Kernel, Pace, Standing, Talk},
+    kernel::{Kernel, Pace, Standing, Talk},
     process, syscall,
 };
 use crate::{
@@ -652,8 +652,9 @@ impl Live {
         self.cost.total()
     }
 
-    pub fn counts(&self) -> Counts {
-        self.kernel.counts()
+    /// Records that did not arrive, or that nobody here understood.
+    pub fn lost(&self) -> u64 {
+        self.kernel.counts().lost + self.unknown_records
     }
 }
 
