@@ -57,11 +57,16 @@ class Report:
     touches: list[int] = field(default_factory=list)
 
 
-Truth = tuple[int, list[Block]]
+@dataclass(frozen=True)
+class Truth:
+    """What ran before `begin`, the load's first request, does not count."""
+
+    begin: int
+    requests: int
+    blocks: list[Block]
 
 
 def read_truth(path: Path) -> Truth:
-    """The number of requests, and the true blocks. What ran before the load does not count."""
     requests, blocks = 0, []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     measured = [line for line in lines if line["type"] == "request" and line["request_id"] not in (None, "warm-up")]
@@ -76,9 +81,8 @@ def read_truth(path: Path) -> Truth:
     for line in lines:
         if line["type"] == "background":
             blocks += [Block(start, end, None) for start, end, _ in line["spans"] if start >= begin]
-    return requests, sorted(
-        (block for block in blocks if block.end - block.start >= SHORTEST_NS), key=lambda b: b.start
-    )
+    long = [block for block in blocks if block.end - block.start >= SHORTEST_NS]
+    return Truth(begin, requests, sorted(long, key=lambda block: block.start))
 
 
 def read_reports(path: Path, begin: int) -> list[Report]:
@@ -168,13 +172,12 @@ def at_threshold(threshold: float, blocks: list[Block], reports: list[Report]) -
 
 
 def score(truth: Truth, reports: list[Report]) -> dict[str, object]:
-    requests, blocks = truth
     for report in reports:
-        report.touches = [at for at, block in enumerate(blocks) if overlap(report, block) >= -FORGIVEN_NS]
+        report.touches = [at for at, block in enumerate(truth.blocks) if overlap(report, block) >= -FORGIVEN_NS]
     return {
-        "requests": requests,
-        "true_blocks": len(blocks),
-        **{f"at_{threshold}ms": at_threshold(threshold, blocks, reports) for threshold in THRESHOLDS_MS},
+        "requests": truth.requests,
+        "true_blocks": len(truth.blocks),
+        **{f"at_{threshold}ms": at_threshold(threshold, truth.blocks, reports) for threshold in THRESHOLDS_MS},
     }
 
 
@@ -184,8 +187,7 @@ def main() -> None:
     parser.add_argument("reported", type=Path)
     arguments = parser.parse_args()
     truth = read_truth(arguments.truth)
-    begin = truth[1][0].start if truth[1] else 0
-    print(json.dumps(score(truth, read_reports(arguments.reported, begin - int(FORGIVEN_NS)))))
+    print(json.dumps(score(truth, read_reports(arguments.reported, truth.begin))))
 
 
 main()
