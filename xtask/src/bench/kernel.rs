@@ -17,7 +17,7 @@ use crate::step::say;
 const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
 /// Waits of one request, and requests: what looking at one wait costs is far above the noise then.
 const WAITS: u32 = 2000;
-/// A FastAPI request with fifty frames of the application's own.
+/// Of the application's own, in the deeper of two measurements.
 const FRAMES: usize = 50;
 
 pub fn run(rig: &Rig, seconds: u32) -> Result<Value> {
@@ -38,14 +38,16 @@ pub fn run(rig: &Rig, seconds: u32) -> Result<Value> {
         thread::sleep(Duration::from_secs(seconds.into()));
         Ok(())
     })?;
-    say("waits under fifty frames");
-    let waits = during(pid, || get(server.port, &format!("/waits/{WAITS}")))?;
+    say("waits, without and with fifty more frames");
+    let shallow = during(pid, || get(server.port, &format!("/waits/{WAITS}?depth=0")))?;
+    let waits = during(pid, || get(server.port, &format!("/waits/{WAITS}?depth={FRAMES}")))?;
     say(&format!("blocking load, {seconds} s"));
     let blocking = during(pid, || load(&["--profile=mixed", "--seconds", &seconds_text]))?;
     say(&format!("realistic load, step probes in place, {seconds} s"));
     let realistic = during(pid, || load(&["--profile=realistic", "--seconds", &seconds_text]))?;
 
-    let capture_ns = capture_cost(&idle, &waits);
+    let (capture_ns, deeper_ns) = (capture_cost(&idle, &shallow), capture_cost(&idle, &waits));
+    let frame_ns = ((deeper_ns - capture_ns) / FRAMES as f64).round();
     let mut rows = Vec::new();
     for (name, runs) in [("idle", idle), ("realistic", realistic), ("mixed", blocking), ("waits", waits)] {
         let mut programs = Map::new();
@@ -67,11 +69,13 @@ pub fn run(rig: &Rig, seconds: u32) -> Result<Value> {
         "capture_bytes_with_50_frames": CAPTURE_BASE + FRAMES * size_of::<RawFrame>(),
     });
     println!("records: {records}");
-    println!("a wait under fifty frames and a request, looked at: {capture_ns} ns");
+    println!("a wait in a FastAPI handler, looked at: {capture_ns} ns; each frame more: {frame_ns} ns");
     Ok(json!({
         "programs": results,
         "records": records,
         "wait_capture_ns": capture_ns,
+        "wait_capture_ns_with_50_more_frames": deeper_ns,
+        "capture_ns_per_frame": frame_ns,
         "lost_records": summary["lost_records"],
     }))
 }
