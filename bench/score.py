@@ -71,6 +71,8 @@ def read_truth(path: Path) -> Truth:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     measured = [line for line in lines if line["type"] == "request" and line["request_id"] not in (None, "warm-up")]
     begin = min(line["start_ns"] for line in measured)
+    # After the load the tool is ended, a moment before the server.
+    last = max(line["end_ns"] for line in measured)
     for line in measured:
         requests += 1
         stretches = [(start, end) for start, end in line["steps"]]
@@ -80,7 +82,7 @@ def read_truth(path: Path) -> Truth:
         blocks += [Block(start, end, line["request_id"]) for start, end in stretches]
     for line in lines:
         if line["type"] == "background":
-            blocks += [Block(start, end, None) for start, end, _ in line["spans"] if start >= begin]
+            blocks += [Block(start, end, None) for start, end, _ in line["spans"] if begin <= start and end <= last]
     long = [block for block in blocks if block.end - block.start >= SHORTEST_NS]
     return Truth(begin, requests, sorted(long, key=lambda block: block.start))
 

@@ -2,8 +2,8 @@
 
 Times are CLOCK_MONOTONIC nanoseconds, which is the clock of loopguard's output too. One JSON object a line:
 
-    {"type": "request", "request_id": .., "path": .., "start_ns": .., "steps": [[start, end], ..],
-     "spans": [[start, end, kind], ..]}
+    {"type": "request", "request_id": .., "path": .., "start_ns": .., "end_ns": ..,
+     "steps": [[start, end], ..], "spans": [[start, end, kind], ..]}
     {"type": "background", "spans": [[start, end, kind]]}
 
 `steps` are the uninterrupted stretches of the request's own task of 3 ms or more, deliberate or not. `spans` are the
@@ -116,6 +116,7 @@ class Recording:
                     "request_id": request_id,
                     "path": scope["path"],
                     "start_ns": start,
+                    "end_ns": now(),
                     "steps": steps,
                     "spans": spans,
                 }

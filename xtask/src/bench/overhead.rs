@@ -190,6 +190,9 @@ fn in_pairs(
             cpu_us.push(first.cpu_us);
         }
     }
+    if ratios.is_empty() {
+        return Ok(json!({ "pairs": pairs, "valid_pairs": 0 }));
+    }
     let spread = |values: &[f64], digits| {
         json!([rounded(quantile(values, 0.25), digits), rounded(quantile(values, 0.75), digits)])
     };
@@ -228,11 +231,12 @@ fn round(server: &Server, watcher: Option<u32>) -> Result<Round> {
         .lines()
         .find_map(|line| line.trim().split_once(" requests in")?.0.parse().ok())
         .with_context(|| format!("wrk says no number of requests: {text}"))?;
-    Ok(Round {
-        per_second: requests / elapsed,
-        cpu_us: cpu.as_secs_f64() * 1e6 / requests,
-        valid: foreign < FOREIGN * elapsed && after.stolen - machine.stolen < FOREIGN * elapsed,
-    })
+    let stolen = after.stolen - machine.stolen;
+    let valid = foreign < FOREIGN * elapsed && stolen < FOREIGN * elapsed;
+    if !valid {
+        say(&format!("round left out: others had {foreign:.2} s of CPU, {stolen:.2} s were stolen"));
+    }
+    Ok(Round { per_second: requests / elapsed, cpu_us: cpu.as_secs_f64() * 1e6 / requests, valid })
 }
 
 /// CPU seconds of the programs that we started and that ended: wrk's.
