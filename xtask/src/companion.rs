@@ -1,7 +1,7 @@
 //! A program that runs beside a chore and never outlives it.
 
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, ChildStdin, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,6 +27,11 @@ impl Companion {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The other end of its standard input, where that is a pipe.
+    pub fn stdin(&mut self) -> Option<ChildStdin> {
+        self.child.stdin.take()
     }
 
     /// Its status, if it has ended by itself.

@@ -82,7 +82,7 @@ impl Privilege {
     }
 }
 
-fn build_loopguard(workspace: &Workspace) -> Result<PathBuf> {
+pub fn build_loopguard(workspace: &Workspace) -> Result<PathBuf> {
     say("building loopguard");
     let status = cargo()
         .args(["build", "--release", "--package=loopguard"])

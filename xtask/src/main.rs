@@ -1,5 +1,6 @@
-//! The project's chores: `cargo xtask setup | build-ebpf | demo | test | lint-python`.
+//! The project's chores: `cargo xtask setup | build-ebpf | demo | test | bench | lint-python`.
 
+mod bench;
 mod companion;
 mod demo;
 mod pythons;
@@ -26,6 +27,8 @@ usage: cargo xtask COMMAND
   test [--all-pythons] [-- CARGO-TEST-ARGUMENTS]
                                all tests; as root those in the real kernel too;
                                --all-pythons: also Debian's newest interpreters, in a chroot
+  bench accuracy|overhead|kernel [--json FILE], bench --compare OLD.json NEW.json
+                               measure, as root, and compare with what was measured before
   lint-python                  ruff over the Python files";
 
 fn main() -> ExitCode {
@@ -53,6 +56,7 @@ fn run() -> Result<()> {
         ["test", "--all-pythons"] => suite::run(Pythons::HostAndSid, &[]),
         ["test", "--", rest @ ..] => suite::run(Pythons::Host, rest),
         ["test", "--all-pythons", "--", rest @ ..] => suite::run(Pythons::HostAndSid, rest),
+        ["bench", rest @ ..] => bench::run(rest),
         ["lint-python"] => suite::lint_python(),
         [] | ["help" | "--help" | "-h"] => {
             println!("{USAGE}");

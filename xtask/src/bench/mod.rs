@@ -1,0 +1,127 @@
+//! The benchmarks: how right loopguard is, what it costs the server, and what its kernel programs cost.
+
+mod accuracy;
+mod compare;
+mod kernel;
+mod overhead;
+mod rig;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use self::rig::Rig;
+use crate::setup;
+use crate::step::say;
+
+pub const USAGE: &str = "\
+usage: cargo xtask bench accuracy [--seconds N] [--json FILE]
+       cargo xtask bench overhead [--pairs N] [--json FILE]
+       cargo xtask bench kernel [--seconds N] [--json FILE]
+       cargo xtask bench --compare OLD.json NEW.json";
+
+pub fn run(arguments: &[&str]) -> Result<()> {
+    match arguments {
+        ["--compare", old, new] => compare::run(Path::new(old), Path::new(new)),
+        [name @ ("accuracy" | "overhead" | "kernel"), options @ ..] => measure(name, options),
+        _ => bail!("{USAGE}"),
+    }
+}
+
+fn measure(name: &str, options: &[&str]) -> Result<()> {
+    let (mut seconds, mut pairs, mut file) = (None, None, None);
+    for option in options.chunks(2) {
+        match (name, option) {
+            ("accuracy" | "kernel", ["--seconds", value]) => seconds = Some(number(value)?),
+            ("overhead", ["--pairs", value]) => pairs = Some(number(value)?),
+            (_, ["--json", value]) => file = Some(PathBuf::from(value)),
+            _ => bail!("don't know `{}`\n{USAGE}", option.join(" ")),
+        }
+    }
+    ensure!(setup::is_root(), "the benchmarks load kernel programs: run them as root");
+    let rig = Rig::prepare()?;
+    let results = match name {
+        "accuracy" => accuracy::run(&rig, seconds.unwrap_or(30))?,
+        "overhead" => overhead::run(&rig, pairs.unwrap_or(12))?,
+        _ => kernel::run(&rig, seconds.unwrap_or(8))?,
+    };
+    let Some(file) = file else { return Ok(()) };
+    let report = json!({
+        "bench": name,
+        "command": format!("cargo xtask bench {name} {}", options.join(" ")),
+        "machine": machine(&rig),
+        "results": results,
+    });
+    fs::write(&file, serde_json::to_string_pretty(&report)? + "\n")
+        .with_context(|| format!("write {}", file.display()))?;
+    say(&format!("results written to {}", file.display()));
+    Ok(())
+}
+
+fn number(text: &str) -> Result<u32> {
+    text.parse().ok().filter(|number| (1..=600).contains(number)).with_context(|| format!("not 1 to 600: {text}"))
+}
+
+fn machine(rig: &Rig) -> Value {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpus = read("/proc/cpuinfo");
+    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, name)| name);
+    let release = read("/proc/sys/kernel/osrelease");
+    // What follows the version names a build, not a kernel.
+    let kernel = release.trim().split('-').next();
+    json!({
+        "cpu": model,
+        "cpus": cpus.lines().filter(|line| line.starts_with("processor")).count(),
+        "kernel": kernel,
+        "python": output(Command::new(rig.python()).arg("--version")),
+        "loopguard": output(Command::new(&rig.loopguard).arg("--version")),
+        "packages": output(Command::new(rig.python()).args(["-c", VERSIONS])),
+    })
+}
+
+const VERSIONS: &str = "\
+from importlib.metadata import version
+print(' '.join(f'{name}=={version(name)}' for name in ('fastapi', 'uvicorn', 'uvloop', 'httptools')))";
+
+fn output(command: &mut Command) -> Option<String> {
+    let output = command.output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Prints a Markdown table.
+fn table(head: &[&str], rows: &[Vec<String>]) {
+    println!("\n| {} |", head.join(" | "));
+    println!("|---|{}", "--:|".repeat(head.len() - 1));
+    for row in rows {
+        println!("| {} |", row.join(" | "));
+    }
+    println!();
+}
+
+fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+/// 0 of nothing.
+fn quantile(values: &[f64], rank: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = rank * sorted.len().saturating_sub(1) as f64;
+    let (Some(low), Some(high)) = (sorted.get(at.floor() as usize), sorted.get(at.ceil() as usize)) else { return 0.0 };
+    low + (high - low) * at.fract()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quantile;
+
+    #[test]
+    fn quantiles_lie_between_values() {
+        assert_eq!(quantile(&[4.0, 1.0, 3.0, 2.0], 0.5), 2.5);
+        assert_eq!(quantile(&[1.0, 2.0, 3.0], 0.25), 1.5);
+        assert_eq!(quantile(&[], 0.5), 0.0);
+    }
+}

@@ -1,0 +1,164 @@
+//! What the benchmarks share: the server, loopguard watching it, and what the system says of both.
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use xtask::workspace::Workspace;
+
+use crate::companion::Companion;
+use crate::demo::build_loopguard;
+use crate::pythons::{self, Venv};
+use crate::setup;
+use crate::step::{self, say};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(20);
+
+pub struct Rig {
+    pub loopguard: PathBuf,
+    pub scripts: PathBuf,
+    /// For logs and what the server writes.
+    pub folder: PathBuf,
+    venv: Venv,
+    /// With fastapi-loopguard; none where it does not install.
+    pub in_process: Option<Venv>,
+}
+
+impl Rig {
+    pub fn prepare() -> Result<Self> {
+        let workspace = Workspace::locate()?;
+        setup::run(&workspace)?;
+        let loopguard = build_loopguard(&workspace)?;
+        let (scripts, folder) = (workspace.root.join("bench"), workspace.target.join("bench"));
+        fs::create_dir_all(&folder)?;
+        for python in pythons::find().iter().rev() {
+            let prepare = |name: &str, list: &str| Venv::prepare(python, folder.join(name), &scripts.join(list));
+            let venv = match prepare("venv", "requirements.txt") {
+                Ok(venv) => venv,
+                Err(error) => {
+                    say(&format!("not with Python {python}: {error:#}"));
+                    continue;
+                }
+            };
+            let in_process = prepare("venv-in-process", "requirements-in-process.txt");
+            if let Err(error) = &in_process {
+                say(&format!("going on without fastapi-loopguard: {error:#}"));
+            }
+            return Ok(Self { loopguard, scripts, folder, venv, in_process: in_process.ok() });
+        }
+        bail!("no Python here can run the benchmark's server: the lines above say why")
+    }
+
+    pub fn python(&self) -> PathBuf {
+        self.venv.python()
+    }
+
+    pub fn script(&self, name: &str) -> Command {
+        let mut command = Command::new(self.python());
+        command.arg(self.scripts.join(name)).env("PYTHONDONTWRITEBYTECODE", "1").stdin(Stdio::null());
+        command
+    }
+
+    /// The app under uvicorn, once it answers.
+    pub fn serve(&self, python: &Path, event_loop: &str, environment: &[(&str, &Path)]) -> Result<Server> {
+        let slow_port = free_port()?;
+        let slow = Companion::start(self.script("slow_server.py").arg(slow_port.to_string()))?;
+        let (port, log) = (free_port()?, self.folder.join("server.log"));
+        let output = File::create(&log)?;
+        let mut uvicorn = on_cpu(0, python);
+        uvicorn
+            .args(["-m", "uvicorn", "app:app", "--log-level=warning", "--host=127.0.0.1", "--http=httptools"])
+            .args([&format!("--port={port}"), &format!("--loop={event_loop}"), "--app-dir"])
+            .arg(&self.scripts)
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .env("BENCH_SLOW_PORT", slow_port.to_string())
+            .env("BENCH_FOLDER", &self.folder)
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output);
+        let mut server = Server { process: Companion::start(&mut uvicorn)?, _slow: slow, port };
+        let started = Instant::now();
+        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
+            if server.process.ended().is_some() || started.elapsed() > PATIENCE {
+                bail!("the server did not start:\n{}", step::tail(&log));
+            }
+            thread::sleep(POLL);
+        }
+        let warmed = self.script("load.py").arg(format!("--port={port}")).arg("--warm-up").status()?;
+        ensure!(warmed.success(), "the server does not answer");
+        Ok(server)
+    }
+
+    /// loopguard, once it says that it watches a loop.
+    pub fn attach(&self, pid: u32, options: &[&str]) -> Result<Watching> {
+        let (events, messages) = (self.folder.join("events.jsonl"), self.folder.join("loopguard.log"));
+        let mut command = on_cpu(1, &self.loopguard);
+        command
+            .args(["attach", "--pid", &pid.to_string(), "--format=jsonl", "--output"])
+            .arg(&events)
+            .args(options)
+            .stdin(Stdio::null())
+            .stderr(File::create(&messages)?);
+        let mut process = Companion::start(&mut command)?;
+        let started = Instant::now();
+        while !fs::read_to_string(&messages)?.contains("watching process") {
+            if process.ended().is_some() || started.elapsed() > PATIENCE {
+                bail!("loopguard sees no loop:\n{}", step::tail(&messages));
+            }
+            thread::sleep(POLL);
+        }
+        Ok(Watching { process, events })
+    }
+}
+
+pub struct Server {
+    pub process: Companion,
+    _slow: Companion,
+    pub port: u16,
+}
+
+pub struct Watching {
+    pub process: Companion,
+    pub events: PathBuf,
+}
+
+impl Watching {
+    /// Ends it as SIGTERM does and returns the summary.
+    pub fn stop(self) -> Result<Value> {
+        drop(self.process);
+        let text = fs::read_to_string(&self.events)?;
+        let last = text.lines().last().context("loopguard wrote nothing")?;
+        Ok(serde_json::from_str(last)?)
+    }
+}
+
+/// One CPU for what is measured and another for what measures, where there are two.
+pub fn on_cpu(cpu: usize, program: &Path) -> Command {
+    if thread::available_parallelism().is_ok_and(|cpus| cpus.get() < 2) {
+        return Command::new(program);
+    }
+    let mut command = Command::new("taskset");
+    command.args(["-c", &cpu.to_string()]).arg(program);
+    command
+}
+
+/// CPU time of a process, all its threads.
+pub fn cpu_time(pid: u32) -> Result<Duration> {
+    let mut nanoseconds = 0;
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let text = fs::read_to_string(thread?.path().join("schedstat"))?;
+        nanoseconds += text.split(' ').next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+    }
+    Ok(Duration::from_nanos(nanoseconds))
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("find a free port on 127.0.0.1")?.local_addr()?.port())
+}
