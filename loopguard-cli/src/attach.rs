@@ -195,7 +195,9 @@ fn output_error(error: io::Error) -> anyhow::Error {
 
 /// For the person at the terminal; never mixed into the output itself.
 fn say(text: &str) {
-    eprintln!("loopguard: {}", crate::sink::escape::printable(text));
+    let line = format!("loopguard: {}\n", crate::sink::escape::printable(text));
+    // In one piece, for whoever reads along. If nobody does, there is nothing to be done about it.
+    let _ = io::stderr().write_all(line.as_bytes());
 }
 
 fn say_found(info: &LoopInfo, live: &Live, threshold_ns: u64) {

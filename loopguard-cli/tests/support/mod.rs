@@ -155,7 +155,8 @@ impl Watching {
             .unwrap();
         let mut watching = Self { child, events, messages };
         let started = Instant::now();
-        while !watching.messages().contains("watching process") {
+        let says_it_watches = |messages: &str| messages.contains("watching process") && messages.ends_with('\n');
+        while !says_it_watches(&watching.messages()) {
             assert!(watching.child.try_wait().unwrap().is_none(), "loopguard ended: {}", watching.messages());
             assert!(started.elapsed() < PATIENCE, "loopguard sees no loop: {}", watching.messages());
             thread::sleep(Duration::from_millis(10));
