@@ -145,6 +145,15 @@ impl LoopClock {
         self.tick_start_ns = now;
     }
 
+    /// The thread is seen to run. If it was last seen asleep in its poll, its way back was passed over (another tracer
+    /// coming or going at that moment can do that), and the tick begins now at the latest.
+    #[inline(always)]
+    pub fn seen_running(&mut self, now: u64) {
+        if self.polling != 0 {
+            self.begin_tick(now);
+        }
+    }
+
     /// Ends the current step; its waits and split stay readable until the next edge.
     #[inline(always)]
     pub fn end_step(&mut self, now: u64) -> EndedStep {
@@ -375,6 +384,17 @@ mod tests {
     #[test]
     fn probes_cut_a_tick_into_steps() {
         check("10 poll-returns\n 11 step\n 31 step\n 40 polls", &["10..11 cpu 1", "11..31 cpu 20", "31..40 cpu 9"]);
+    }
+
+    #[test]
+    fn a_return_from_the_poll_that_nobody_saw_does_not_hide_the_tick() {
+        let mut clock = LoopClock::idle();
+        clock.seen_running(START + 5 * MS);
+        assert!(clock.in_tick() && clock.is_step_edge(1000, true));
+        clock.switch_out(START + 6 * MS, SwitchOut::Waits { syscall: 230, arg0: 1, gil: false });
+        clock.switch_in(START + 36 * MS);
+        let ended = clock.end_step(START + 37 * MS);
+        assert_eq!(tell(&clock, ended), "5..37 cpu 2 wait 30 [230x1 30]");
     }
 
     #[test]

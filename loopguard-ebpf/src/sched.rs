@@ -65,6 +65,7 @@ fn switched_out(target: Watched, preempted: bool) {
         target.clock.switch_out(now, SwitchOut::Polls);
         return;
     }
+    target.clock.seen_running(now);
     let Some(buffer) = capture_buffer(target.slot) else { return };
     // SAFETY: as for the other constant.
     let gil = registers.syscall == unsafe { core::ptr::read_volatile(&raw const FUTEX_SYSCALL) }

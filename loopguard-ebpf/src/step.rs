@@ -41,11 +41,12 @@ fn step_edge(ctx: &ProbeContext, marks: u32) {
     }
     // SAFETY: a uprobe's context is the thread's registers.
     let sp = unsafe { (*ctx.as_ptr().cast::<pt_regs>()).rsp };
+    // SAFETY: a helper without conditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    target.clock.seen_running(now);
     if !target.clock.is_step_edge(sp, target.thread.flags & THREAD_STEPS_NEST != 0) {
         return;
     }
-    // SAFETY: a helper without conditions.
-    let now = unsafe { bpf_ktime_get_ns() };
     let ended = target.clock.end_step(now);
     send::step_if_long(target.thread, target.clock, ended);
     target.clock.begin_step(now, STEP_PROBED);
