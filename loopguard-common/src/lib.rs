@@ -1,6 +1,6 @@
 //! What the kernel programs and the user-space program share.
 //!
-//! * [`records`]: one wire struct per record the kernel sends, and the settings it is sent.
+//! * [`records`]: one wire struct per record the kernel sends, and what it is told of a thread.
 //! * [`clock`]: the state machine of one loop thread: ticks, steps and where their time went.
 //! * [`layout`]: where one build of CPython keeps its fields.
 //! * [`walk`]: the interpreter walker: frames, and the ASGI scope in them.
