@@ -1,7 +1,7 @@
 //! `loopguard attach`: follows running processes until they end, the time is over or somebody says stop.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs::File,
     io::{self, BufWriter, IsTerminal as _, Write},
     time::{Duration, SystemTime},
@@ -34,6 +34,8 @@ use crate::{
 
 /// How often threads and processes are looked over.
 const REAP_EVERY: Duration = Duration::from_millis(200);
+/// How often sinks get the live figures.
+const STATUS_EVERY: Duration = Duration::from_secs(1);
 /// Steps that wait are looked at this many times within one threshold.
 const LOOKS_PER_THRESHOLD: u32 = 4;
 const LOOK_EVERY: std::ops::RangeInclusive<Duration> = Duration::from_millis(2)..=Duration::from_millis(50);
@@ -58,7 +60,6 @@ pub fn run(arguments: &args::Attach) -> Result<Outcome> {
 }
 
 async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome> {
-    let started = process::monotonic_ns();
     let options = Options {
         threshold_ns: arguments.threshold.as_nanos() as u64,
         steps: match arguments.steps {
@@ -79,6 +80,8 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut reap = interval(REAP_EVERY);
     reap.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut status = interval(STATUS_EVERY);
+    status.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let far_away = Duration::from_secs(10 * 365 * 24 * 3600);
     let end = Instant::now() + arguments.duration.unwrap_or(far_away);
     let mut no_loop_hint = Some(Instant::now() + NO_LOOP_HINT);
@@ -117,6 +120,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
                     }
                 }
             }
+            _ = status.tick() => sink.status(&live.status()).map_err(output_error)?,
             _ = sleep_until(end) => break,
             _ = stop.0.recv() => break,
             _ = stop.1.recv() => break,
@@ -129,14 +133,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
             sink.update(&update).map_err(output_error)?;
         }
     }
-    let measured = Measured {
-        duration: Duration::from_nanos(process::monotonic_ns() - started),
-        ticks: live.loops().iter().map(|totals| (totals.info.tid, totals.ticks)).collect::<BTreeMap<_, _>>(),
-        lost_records: live.lost(),
-        unsymbolized: live.unsymbolized(),
-        self_cpu: process::own_cpu() + live.kernel_cpu(),
-    };
-    let summary = profile.summary(&measured);
+    let summary = profile.summary(&Measured::from(&live.status()));
     sink.finish(&summary).map_err(output_error)?;
     if !saw_loop {
         bail!(

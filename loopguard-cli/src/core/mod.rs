@@ -6,6 +6,7 @@ pub mod captures;
 pub mod cut;
 pub mod incident;
 pub mod profile;
+pub mod status;
 pub mod summary;
 
 #[cfg(test)]

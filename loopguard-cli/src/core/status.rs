@@ -1,0 +1,52 @@
+//! The live figures of a run: what is shown beside blocks, about once a second, and at the end.
+
+use std::time::Duration;
+
+use loopguard_common::clock::TICK_BUCKETS;
+
+use super::event::LoopInfo;
+use super::summary::Measured;
+
+/// What the kernel programs and the clocks say at one moment. Times are `CLOCK_MONOTONIC` nanoseconds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Status {
+    /// When loopguard began to watch.
+    pub since_ns: u64,
+    pub now_ns: u64,
+    /// The loop threads that are watched, and those that are gone.
+    pub threads: Vec<ThreadStatus>,
+    /// Records that did not arrive, or that nobody understood.
+    pub lost_records: u64,
+    /// Frames that could not be named.
+    pub unsymbolized: u64,
+    /// CPU time of loopguard, its kernel programs included.
+    pub self_cpu: Duration,
+}
+
+/// One loop thread since it is watched.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ThreadStatus {
+    pub info: LoopInfo,
+    pub is_gone: bool,
+    /// A step at least this long is recorded.
+    pub threshold_ns: u64,
+    /// Finished ticks, their total time, and how many of them there were of each length: bucket `n` counts ticks of
+    /// `2^(n-1)..2^n` microseconds.
+    pub ticks: u64,
+    pub busy_ns: u64,
+    pub tick_histogram: [u32; TICK_BUCKETS],
+    /// Start of the step that runs now; `None` while the thread sleeps in its poll.
+    pub step_start_ns: Option<u64>,
+}
+
+impl From<&Status> for Measured {
+    fn from(status: &Status) -> Self {
+        Self {
+            duration: Duration::from_nanos(status.now_ns.saturating_sub(status.since_ns)),
+            ticks: status.threads.iter().map(|thread| (thread.info.tid, thread.ticks)).collect(),
+            lost_records: status.lost_records,
+            unsymbolized: status.unsymbolized,
+            self_cpu: status.self_cpu,
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Finds the loop threads of a process, and what kind of loop they run.
+
+use anyhow::Result;
+use loopguard_common::{
+    records::{AddressRange, LoopThread},
+    walk::{Scratch, walk_frames},
+};
+
+use super::{
+    Live, Loop,
+    facts::{StepFacts, empty_capture, frames, walk_status},
+};
+use crate::{
+    core::event::{Event, Frame, LoopInfo, Runtime, Stack, StepMarks, Tid},
+    runtime::cpython::PyThreadInfo,
+    source::{kernel::Standing, process, syscall},
+};
+
+impl Live {
+    /// Looks for loop threads that nobody reported: at the start, and for those that are stuck in a step.
+    pub fn scan(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        for pid in self.targets.keys().copied().collect::<Vec<_>>() {
+            let Ok(tids) = process::threads(pid) else { continue };
+            for tid in tids {
+                if self.loops.contains_key(&tid) {
+                    continue;
+                }
+                if let Some((number, epoll_fd)) = process::current_syscall(pid, tid)
+                    && syscall::is_epoll(number)
+                {
+                    let found = Poll { pid, tid, epoll_fd: epoll_fd as i32, syscall: number };
+                    self.polled(found, Standing::Idle, events)?;
+                } else {
+                    self.find_busy_loop(pid, tid, events)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A loop thread in the middle of a tick shows no poll, but the frames of its loop.
+    fn find_busy_loop(&mut self, pid: u32, tid: Tid, events: &mut Vec<Event>) -> Result<()> {
+        let [epoll_fd] = process::epoll_descriptors(pid)[..] else { return Ok(()) };
+        let Some((python, stack)) = self.python_stack(pid, tid) else { return Ok(()) };
+        let uses_uvloop = self.targets.get(&pid).is_some_and(|target| target.uses_uvloop);
+        let runtime = match LoopFrames::of(&stack) {
+            LoopFrames::Asyncio { .. } => Runtime::Asyncio,
+            LoopFrames::Runner if uses_uvloop => Runtime::Uvloop,
+            _ => return Ok(()),
+        };
+        let standing = Standing::InTick {
+            now_ns: process::monotonic_ns(),
+            waits_in: process::current_syscall(pid, tid).map(|(number, arg0)| (number as i32, arg0)),
+        };
+        self.adopt(Found { pid, tid, epoll_fd, runtime, python: Some(python) }, standing, events)
+    }
+
+    /// A thread polls: is it a loop of ours, and is this the loop's own poll?
+    pub(super) fn polled(&mut self, poll: Poll, standing: Standing, events: &mut Vec<Event>) -> Result<()> {
+        let Poll { pid, tid, epoll_fd, syscall } = poll;
+        if let Some(known) = self.loops.get_mut(&tid) {
+            // A nested poll is blocking like any other wait, unless the loop was replaced by another one.
+            if known.epoll_fd != epoll_fd && !process::is_epoll_descriptor(pid, known.epoll_fd) {
+                known.epoll_fd = epoll_fd;
+                self.kernel.update_thread(tid, |thread| thread.epoll_fd = epoll_fd)?;
+            }
+            return Ok(());
+        }
+        let Some(target) = self.targets.get(&pid) else { return Ok(()) };
+        let (uses_uvloop, is_python) = (target.uses_uvloop, target.python.is_some());
+        let found = match self.python_stack(pid, tid) {
+            Some((python, stack)) => {
+                let runtime = match LoopFrames::of(&stack) {
+                    // libuv polls with epoll_pwait, Python's own selector with epoll_wait.
+                    _ if uses_uvloop && syscall == libc::SYS_epoll_pwait => Runtime::Uvloop,
+                    LoopFrames::Asyncio { polls: true } => Runtime::Asyncio,
+                    // A poll inside a step: the loop's own will follow.
+                    LoopFrames::Asyncio { polls: false } => return Ok(()),
+                    _ => Runtime::Epoll,
+                };
+                Found { pid, tid, epoll_fd, runtime, python: Some(python) }
+            }
+            // A helper thread of an extension module: no loop of the server.
+            None if is_python => return Ok(()),
+            None => Found { pid, tid, epoll_fd, runtime: Runtime::Epoll, python: None },
+        };
+        self.adopt(found, standing, events)
+    }
+
+    /// The interpreter's thread state of a thread, and its frames now.
+    fn python_stack(&mut self, pid: u32, tid: Tid) -> Option<(PyThreadInfo, Stack)> {
+        let python = self.targets.get_mut(&pid)?.python.as_mut()?;
+        let native = process::innermost_tid(pid, tid).ok()?;
+        let thread = python.interpreter.threads().ok()?.into_iter().find(|thread| thread.native_thread_id == native)?;
+        let mut record = empty_capture();
+        let mut scratch = Scratch::default();
+        let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
+        walk_frames(memory, &layout, thread.walked(), &mut scratch, &mut record);
+        let stack = python.inspector.stack(frames(&record), walk_status(&record));
+        Some((thread, stack))
+    }
+
+    fn adopt(&mut self, found: Found, standing: Standing, events: &mut Vec<Event>) -> Result<()> {
+        let Found { pid, tid, epoll_fd, runtime, python } = found;
+        let gil = match (&python, &self.targets[&pid].python) {
+            (Some(thread), Some(python)) => python.interpreter.gil_ranges(thread.interpreter),
+            _ => [AddressRange::default(); 2],
+        };
+        let thread = LoopThread {
+            tid,
+            tgid: pid,
+            epoll_fd,
+            thread_state: python.as_ref().map_or(0, |thread| thread.state),
+            native_thread_id: python.as_ref().map_or(0, |thread| thread.native_thread_id),
+            gil,
+            ..LoopThread::default()
+        };
+        let slot = match self.kernel.watch_thread(thread, standing) {
+            Ok(slot) => slot,
+            Err(error) => {
+                // The thread ended meanwhile; if its process did too, that is seen soon.
+                self.notices.push(format!("thread {tid} of process {pid} cannot be watched: {error:#}"));
+                return Ok(());
+            }
+        };
+        let marks = self.step_marks(pid, runtime);
+        if let Some(target) = self.targets.get_mut(&pid)
+            && let Some(python) = &mut target.python
+            && python.interpreter.refresh_asyncio()
+        {
+            self.kernel.update_layout(pid, &python.interpreter.layout())?;
+        }
+        let info = LoopInfo {
+            pid,
+            tid,
+            thread: process::thread_name(pid, tid),
+            runtime,
+            steps: if marks.is_some() { StepMarks::Exact } else { StepMarks::TicksOnly },
+        };
+        events.push(Event::LoopFound(info.clone()));
+        self.loops.insert(tid, Loop { info, python, epoll_fd, slot, marks, step: StepFacts::default() });
+        if self.targets[&pid].armed_until_ns.is_some() {
+            self.arm_loop(tid);
+        }
+        Ok(())
+    }
+}
+
+pub(super) struct Poll {
+    pub(super) pid: u32,
+    pub(super) tid: Tid,
+    pub(super) epoll_fd: i32,
+    pub(super) syscall: i64,
+}
+
+struct Found {
+    pid: u32,
+    tid: Tid,
+    epoll_fd: i32,
+    runtime: Runtime,
+    python: Option<PyThreadInfo>,
+}
+
+/// What a thread's Python frames say about its event loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LoopFrames {
+    /// asyncio's own loop; `polls`: it is in its poll, not in a step.
+    Asyncio {
+        polls: bool,
+    },
+    /// Started by `asyncio.run` or its like, the loop itself has no Python frames.
+    Runner,
+    None,
+}
+
+impl LoopFrames {
+    fn of(stack: &Stack) -> Self {
+        let is = |frame: &Frame, function: &str, file: &str| {
+            frame.function.ends_with(function) && frame.file.as_deref().is_some_and(|path| path.ends_with(file))
+        };
+        let run_once = stack.frames.iter().position(|frame| is(frame, "._run_once", "asyncio/base_events.py"));
+        if let Some(depth) = run_once {
+            // In the poll only the selector's `select` is inside `_run_once`.
+            let polls = stack.frames[..depth].iter().all(|frame| is(frame, ".select", "selectors.py"));
+            return Self::Asyncio { polls };
+        }
+        let runs = |frame: &Frame| is(frame, ".run", "asyncio/runners.py") || is(frame, "run", "uvloop/__init__.py");
+        if stack.frames.iter().any(|frame| runs(frame)) { Self::Runner } else { Self::None }
+    }
+}

@@ -1,0 +1,264 @@
+//! Turns the kernel's captures and steps into events, with what is read of the target while the step still runs.
+//!
+//! What a step's code is about (its task, what its descriptors lead to) is only there as long as the step runs. The
+//! kernel copies what it can on the spot; the rest is read from here and kept only if the thread's step counter shows
+//! that the same step was still running afterwards.
+
+use std::sync::Arc;
+
+use loopguard_common::{
+    clock::LoopClock,
+    records::{CaptureCause, CaptureRecord, RawFrame, STEP_CUT_AT_ATTACH, STEP_PROBED, StepRecord, WalkStatus},
+    walk::{Memory as _, Scratch, snapshot_request, walk_frames},
+};
+
+use super::Live;
+use crate::{
+    core::event::{Capture, CapturedWait, Event, How, OpenStep, Owner, Stack, Step, StepWait, Tid},
+    source::{process, syscall},
+};
+
+/// A block that goes on is reported when it is this old, then each time its age has doubled.
+const ONGOING_AFTER_NS: u64 = 500_000_000;
+
+/// What was found out about the step that runs, or ran last.
+#[derive(Default)]
+pub(super) struct StepFacts {
+    seq: u64,
+    /// Whose it is, and when that was seen.
+    owner: Option<(Owner, u64)>,
+    waits_on: Vec<((i32, u64), Option<String>)>,
+    /// Looked at from here while it waited.
+    looked_at: bool,
+    report_ongoing_ns: u64,
+}
+
+/// Whether the step of a capture may have ended since.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Freshness {
+    Unknown,
+    /// Taken from here a moment ago, with the step still running.
+    JustTaken,
+}
+
+impl Live {
+    pub(super) fn capture(&mut self, record: &CaptureRecord, freshness: Freshness) -> Option<Event> {
+        self.arm(record.header.tgid);
+        let tid = record.header.tid;
+        let runs = |live: &Self| match freshness {
+            Freshness::Unknown => live.is_running(tid, record.step_seq),
+            Freshness::JustTaken => true,
+        };
+        let facts = &mut self.loops.get_mut(&tid)?.step;
+        if facts.seq != record.step_seq {
+            *facts = StepFacts { seq: record.step_seq, ..StepFacts::default() };
+        }
+        let is_wait = record.cause == CaptureCause::Wait as u32;
+        let key = (record.syscall, record.arg0);
+        let known_on = facts.waits_on.iter().find(|(known, _)| *known == key).map(|(_, on)| on.clone());
+        // One owner for all of a step; in a tick whose steps are not marked only for as long as the thread stays put.
+        let is_step = record.step_start_ns > record.tick_start_ns;
+        let known_owner = facts.owner.as_ref();
+        let known_owner = known_owner.filter(|(_, at)| is_step || (record.at_ns..=record.until_ns).contains(at));
+        let known_owner = known_owner.map(|(owner, _)| owner.clone());
+
+        let target = self.targets.get_mut(&record.header.tgid)?;
+        let stack = match &mut target.python {
+            Some(python) => python.inspector.stack(frames(record), walk_status(record)),
+            None => Stack { frames: Vec::new(), incomplete: Some("no interpreter") },
+        };
+        let in_frames = match &mut target.python {
+            Some(python) if record.request.scope != 0 => python.inspector.request(&record.request),
+            _ => None,
+        };
+        let owner = match (in_frames, known_owner) {
+            (Some(request), _) => Owner::Request { request: Arc::new(request), how: How::AsgiFrame },
+            (None, Some(known)) => known,
+            (None, None) if runs(self) => {
+                let owner = self.owner_by_task(record);
+                // Between the look and the reading the step may have ended, and its memory be another's.
+                if self.is_running(tid, record.step_seq) {
+                    owner
+                } else {
+                    Owner::Unknown("the step ended before its task could be read")
+                }
+            }
+            (None, None) => Owner::Unknown("the step ended before its task could be read"),
+        };
+        let on = match known_on {
+            Some(on) => on,
+            None if is_wait && runs(self) => {
+                let on = self.waits_on(record);
+                if self.is_running(tid, record.step_seq) { on } else { None }
+            }
+            None => None,
+        };
+        let facts = &mut self.loops.get_mut(&tid)?.step;
+        if !matches!(owner, Owner::Unknown(_)) {
+            facts.owner = Some((owner.clone(), record.until_ns));
+        }
+        if is_wait && on.is_some() && !facts.waits_on.iter().any(|(known, _)| *known == key) {
+            facts.waits_on.push((key, on.clone()));
+        }
+        Some(Event::Capture(Capture {
+            tid,
+            step_seq: record.step_seq,
+            step_start_ns: record.step_start_ns,
+            tick_start_ns: record.tick_start_ns,
+            at_ns: record.at_ns,
+            until_ns: record.until_ns,
+            off_cpu: record.off_cpu,
+            wait: is_wait.then(|| CapturedWait { syscall: syscall::name(record.syscall), arg0: record.arg0, on }),
+            stack: Arc::new(stack),
+            owner,
+        }))
+    }
+
+    /// Whose step it is when no scope stands in its frames: the current task, and the tasks that await it.
+    fn owner_by_task(&mut self, record: &CaptureRecord) -> Owner {
+        let Some(thread) = self.loops.get(&record.header.tid).and_then(|known| known.python) else {
+            return Owner::Unknown("no interpreter");
+        };
+        let Some(python) = self.targets.get_mut(&record.header.tgid).and_then(|target| target.python.as_mut()) else {
+            return Owner::Unknown("no interpreter");
+        };
+        if walk_status(record) == WalkStatus::NotThisThread || record.frame_count == 0 {
+            return Owner::Unknown("its frames could not be read");
+        }
+        let task = match python.inspector.current_task(&thread, record.task) {
+            Ok(Some(task)) => task,
+            Ok(None) => return Owner::NoRequest { task: None },
+            Err(reason) => return Owner::Unknown(reason.reason()),
+        };
+        match python.inspector.request_of_task(task.address) {
+            Ok(Some(request)) => Owner::Request { request: Arc::new(request), how: How::AsyncioTask },
+            Ok(None) => Owner::NoRequest { task: task.name.or(task.coroutine) },
+            Err(reason) => Owner::Unknown(reason.reason()),
+        }
+    }
+
+    fn waits_on(&self, record: &CaptureRecord) -> Option<String> {
+        let pid = record.header.tgid;
+        match syscall::first_argument(record.syscall) {
+            syscall::FirstArgument::Descriptor => process::descriptor(pid, record.arg0 as i32),
+            syscall::FirstArgument::PollArray => {
+                // struct pollfd: the descriptor comes first (poll.h).
+                let mut fd = 0u32;
+                let python = self.targets.get(&pid)?.python.as_ref()?;
+                python.interpreter.memory().read(record.arg0, &mut fd).then(|| process::descriptor(pid, fd as i32))?
+            }
+            syscall::FirstArgument::Other => None,
+        }
+    }
+
+    pub(super) fn is_running(&self, tid: Tid, seq: u64) -> bool {
+        self.kernel.clock(tid).is_some_and(|clock| clock.step_seq == seq && clock.in_tick())
+    }
+
+    /// Looks at steps that are old and still wait: what they are about can be read now, and what goes on must be seen
+    /// before it ends.
+    pub fn watch(&mut self, events: &mut Vec<Event>) {
+        let now = process::monotonic_ns();
+        let age_ns = self.options.threshold_ns / 2;
+        for tid in self.loops.keys().copied().collect::<Vec<_>>() {
+            let Some(clock) = self.kernel.clock(tid) else { continue };
+            let age = now.saturating_sub(clock.step_start_ns);
+            if !clock.in_tick() || age < age_ns {
+                continue;
+            }
+            let Some(known) = self.loops.get_mut(&tid) else { continue };
+            if known.step.seq != clock.step_seq {
+                known.step = StepFacts { seq: clock.step_seq, ..StepFacts::default() };
+            }
+            if !known.step.looked_at && clock.is_waiting() {
+                known.step.looked_at = true;
+                if let Some(record) = self.look(tid, &clock)
+                    && let Some(event) = self.capture(&record, Freshness::JustTaken)
+                {
+                    events.push(event);
+                }
+            }
+            let Some(known) = self.loops.get_mut(&tid) else { continue };
+            let due = known.step.report_ongoing_ns.max(ONGOING_AFTER_NS.max(self.options.threshold_ns));
+            if age >= due {
+                known.step.report_ongoing_ns = due * 2;
+                events.push(Event::StillOpen(OpenStep {
+                    tid,
+                    seq: clock.step_seq,
+                    start_ns: clock.step_start_ns,
+                    now_ns: now,
+                }));
+            }
+        }
+    }
+
+    /// Takes the same capture as the kernel would, of a thread that sleeps.
+    fn look(&mut self, tid: Tid, clock: &LoopClock) -> Option<Box<CaptureRecord>> {
+        let known = self.loops.get(&tid)?;
+        let (pid, thread) = (known.info.pid, known.python?);
+        let python = self.targets.get(&pid)?.python.as_ref()?;
+        let (number, arg0) = process::current_syscall(pid, tid)?;
+        let now = process::monotonic_ns();
+        let mut record = empty_capture();
+        let mut scratch = Scratch::default();
+        let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
+        walk_frames(memory, &layout, thread.walked(), &mut scratch, &mut record);
+        snapshot_request(memory, &layout, &mut scratch, &mut record.request);
+        record.header.tgid = pid;
+        record.header.tid = tid;
+        record.cause = CaptureCause::Wait as u32;
+        record.syscall = number as i32;
+        record.arg0 = arg0;
+        record.at_ns = now;
+        record.until_ns = now;
+        record.step_seq = clock.step_seq;
+        record.step_start_ns = clock.step_start_ns;
+        record.tick_start_ns = clock.tick_start_ns;
+        record.off_cpu = clock.off_cpu();
+        // Still the same wait: nothing of what was read can have changed meanwhile.
+        let after = self.kernel.clock(tid)?;
+        let same = after.step_seq == clock.step_seq
+            && after.is_waiting()
+            && after.wait_start_ns == clock.wait_start_ns
+            && record.walk == WalkStatus::Complete as u32;
+        same.then_some(record)
+    }
+}
+
+pub(super) fn step(record: &StepRecord) -> Step {
+    let waits = record.waits.iter().take((record.wait_count as usize).min(record.waits.len()));
+    Step {
+        tid: record.header.tid,
+        seq: record.seq,
+        tick_start_ns: record.tick_start_ns,
+        start_ns: record.start_ns,
+        end_ns: record.end_ns,
+        off_cpu: record.off_cpu,
+        waits: waits
+            .map(|wait| StepWait {
+                syscall: syscall::name(wait.syscall),
+                arg0: wait.arg0,
+                ns: wait.ns,
+                count: wait.count,
+            })
+            .collect(),
+        probed: record.flags & STEP_PROBED != 0,
+        cut_at_attach: record.flags & STEP_CUT_AT_ATTACH != 0,
+    }
+}
+
+pub(super) fn frames(record: &CaptureRecord) -> &[RawFrame] {
+    &record.frames[..(record.frame_count as usize).min(record.frames.len())]
+}
+
+pub(super) fn walk_status(record: &CaptureRecord) -> WalkStatus {
+    [WalkStatus::Complete, WalkStatus::TooDeep, WalkStatus::Unreadable, WalkStatus::NotThisThread]
+        .into_iter()
+        .find(|status| *status as u32 == record.walk)
+        .unwrap_or(WalkStatus::None)
+}
+
+pub(super) fn empty_capture() -> Box<CaptureRecord> {
+    // SAFETY: a struct of integers, for which all zero is a value.
+    unsafe { Box::<CaptureRecord>::new_zeroed().assume_init() }
+}

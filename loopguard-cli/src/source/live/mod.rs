@@ -1,0 +1,258 @@
+//! Follows running processes: turns kernel records into events, reading the target while the step still runs.
+//!
+//! [`discover`] finds the loop threads, [`steps`] marks their steps, [`facts`] reads what a step is about.
+
+mod discover;
+mod facts;
+mod steps;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    os::fd::OwnedFd,
+    sync::Arc,
+};
+
+use anyhow::{Context as _, Result, bail};
+use aya::maps::{MapData, RingBuf};
+use tokio::io::unix::AsyncFd;
+
+use super::{
+    cost::CostMeter,
+    decode::{Record, decode},
+    kernel::{Kernel, Pace, Standing, Talk},
+    process,
+};
+use crate::{
+    core::{
+        event::{Event, LoopInfo, Tid},
+        status::{Status, ThreadStatus},
+    },
+    runtime::cpython::{self, Inspector, Interpreter, NotUsable, PyThreadInfo},
+};
+use discover::Poll;
+use facts::{Freshness, StepFacts, step};
+use steps::StepMark;
+
+/// Loops that are gone and still listed.
+const MAX_FINISHED: usize = 1000;
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Steps {
+    /// Step probes where they can be placed.
+    Auto,
+    /// None: ticks only.
+    Off,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub threshold_ns: u64,
+    pub steps: Steps,
+    /// Whether the kernel programs' own log is printed.
+    pub talk: Talk,
+}
+
+pub struct Live {
+    /// When it began to watch.
+    since_ns: u64,
+    kernel: Kernel,
+    records: AsyncFd<RingBuf<MapData>>,
+    options: Options,
+    targets: HashMap<u32, Target>,
+    loops: HashMap<Tid, Loop>,
+    cost: CostMeter,
+    /// What happened and did not fit into events: for the person at the terminal.
+    notices: Vec<String>,
+    /// What loops that are gone had done.
+    finished: Vec<ThreadStatus>,
+    /// Frames whose code object could not be read.
+    unsymbolized: u64,
+    /// Records that no code here understood.
+    unknown_records: u64,
+}
+
+/// A process that is watched.
+struct Target {
+    pid: u32,
+    pidfd: OwnedFd,
+    python: Option<Python>,
+    uses_uvloop: bool,
+    /// Until when its step probes stay in place (ns); `None`: they are not.
+    armed_until_ns: Option<u64>,
+    ended: bool,
+}
+
+struct Python {
+    interpreter: Arc<Interpreter>,
+    inspector: Inspector,
+}
+
+/// A loop thread that is watched.
+struct Loop {
+    info: LoopInfo,
+    python: Option<PyThreadInfo>,
+    epoll_fd: i32,
+    slot: u32,
+    marks: Option<StepMark>,
+    step: StepFacts,
+}
+
+impl Live {
+    /// Loads the kernel programs and finds the loops of `pids`. Events of what is found come with the first drain.
+    pub fn attach(pids: &BTreeSet<u32>, options: Options) -> Result<Self> {
+        let capture_age_ns = match options.steps {
+            // Half the threshold leaves the other half to read the target while the step still runs.
+            Steps::Auto => options.threshold_ns / 2,
+            // The tick has to be cut from captures: they must begin before its first owner is gone.
+            Steps::Off => options.threshold_ns / 4,
+        };
+        let (kernel, records) =
+            Kernel::load(Pace { threshold_ns: options.threshold_ns, capture_age_ns }, options.talk)?;
+        let mut live = Self {
+            since_ns: process::monotonic_ns(),
+            kernel,
+            // SAFETY: the ring buffer owns its descriptor and keeps it open as long as it lives.
+            records: unsafe { AsyncFd::register(records) }
+                .map_err(io::Error::from)
+                .context("wait for the ring buffer")?,
+            options,
+            targets: HashMap::new(),
+            loops: HashMap::new(),
+            cost: CostMeter::default(),
+            notices: Vec::new(),
+            finished: Vec::new(),
+            unsymbolized: 0,
+            unknown_records: 0,
+        };
+        for &pid in pids {
+            live.add_target(pid)?;
+        }
+        Ok(live)
+    }
+
+    fn add_target(&mut self, pid: u32) -> Result<()> {
+        let pidfd = process::pidfd(pid).with_context(|| format!("process {pid} cannot be opened"))?;
+        let python = match cpython::find(pid) {
+            Ok(interpreter) => {
+                let interpreter = Arc::new(interpreter);
+                Some(Python { inspector: Inspector::new(interpreter.clone()), interpreter })
+            }
+            Err(NotUsable::NotPython) => None,
+            Err(NotUsable::Gone) => bail!("process {pid} ended while loopguard was attaching"),
+            Err(other) => {
+                self.notices.push(format!("process {pid}: {other}; its loops are watched without names"));
+                None
+            }
+        };
+        let uses_uvloop = process::uses_uvloop(pid);
+        let layout = python.as_ref().map(|python| python.interpreter.layout());
+        self.kernel.watch_process(pid, layout.as_ref())?;
+        self.targets.insert(pid, Target { pid, pidfd, python, uses_uvloop, armed_until_ns: None, ended: false });
+        Ok(())
+    }
+
+    /// Waits until records are there.
+    pub async fn readable(&self) -> Result<()> {
+        self.records.readable().await.context("wait for records")?.clear_ready();
+        Ok(())
+    }
+
+    /// Takes all records that are there and appends what they mean.
+    pub fn drain(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        // A record is copied out before it is understood: its place is free for the next ones meanwhile.
+        while let Some(record) = self.records.get_mut().next().map(|bytes| decode(&bytes)) {
+            match record {
+                Ok(Record::Capture(record)) => {
+                    if let Some(event) = self.capture(&record, Freshness::Unknown) {
+                        events.push(event);
+                    }
+                }
+                Ok(Record::Step(record)) => events.push(Event::Step(step(&record))),
+                Ok(Record::Poll(record)) => {
+                    let found = Poll {
+                        pid: record.header.tgid,
+                        tid: record.header.tid,
+                        epoll_fd: record.epoll_fd,
+                        syscall: i64::from(record.syscall),
+                    };
+                    self.polled(found, Standing::Idle, events)?;
+                }
+                Err(_) => self.unknown_records += 1,
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of threads and processes that are gone. Call it regularly: what the kernel programs cost is measured
+    /// on the way.
+    pub fn reap(&mut self, events: &mut Vec<Event>) {
+        self.cost.turn(&self.kernel);
+        self.kernel.flush_log();
+        self.disarm_unneeded();
+        for target in self.targets.values_mut() {
+            target.ended = process::has_ended(&target.pidfd);
+        }
+        let gone = |live: &Self, known: &Loop| {
+            live.targets[&known.info.pid].ended
+                || !std::path::Path::new(&format!("/proc/{}/task/{}", known.info.pid, known.info.tid)).exists()
+        };
+        let tids: Vec<Tid> =
+            self.loops.values().filter(|known| gone(self, known)).map(|known| known.info.tid).collect();
+        for tid in tids {
+            if let Some(known) = self.loops.remove(&tid) {
+                self.finished.push(ThreadStatus { is_gone: true, step_start_ns: None, ..self.thread_status(&known) });
+                // Bounded, however many threads come and go.
+                if self.finished.len() > MAX_FINISHED {
+                    self.finished.remove(0);
+                }
+            }
+            self.kernel.unwatch_thread(tid);
+            events.push(Event::LoopGone { tid });
+        }
+        for target in self.targets.values().filter(|target| target.ended) {
+            self.kernel.unwatch_process(target.pid);
+        }
+    }
+
+    pub fn all_ended(&self) -> bool {
+        self.targets.values().all(|target| target.ended)
+    }
+
+    fn thread_status(&self, known: &Loop) -> ThreadStatus {
+        let clock = self.kernel.clock(known.info.tid).unwrap_or_default();
+        ThreadStatus {
+            info: known.info.clone(),
+            is_gone: false,
+            threshold_ns: self.options.threshold_ns,
+            ticks: clock.ticks,
+            busy_ns: clock.busy_ns,
+            tick_histogram: clock.tick_histogram,
+            step_start_ns: clock.in_tick().then_some(clock.step_start_ns),
+        }
+    }
+
+    /// What each loop did so far, those that are gone included, and what it cost to know.
+    pub fn status(&self) -> Status {
+        let threads = self.loops.values().map(|known| self.thread_status(known));
+        Status {
+            since_ns: self.since_ns,
+            now_ns: process::monotonic_ns(),
+            threads: self.finished.iter().cloned().chain(threads).collect(),
+            lost_records: self.kernel.counts().lost + self.unknown_records,
+            unsymbolized: self.unsymbolized,
+            self_cpu: process::own_cpu() + self.cost.total(),
+        }
+    }
+
+    /// What each target turned out to be, for the person at the terminal.
+    pub fn describe(&self, pid: u32) -> String {
+        match self.targets.get(&pid).and_then(|target| target.python.as_ref()) {
+            Some(python) => format!("CPython {}", python.interpreter.version),
+            None => "no Python".to_owned(),
+        }
+    }
+
+    pub fn take_notices(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notices)
+    }
+}
