@@ -27,6 +27,8 @@ extern crate std;
 
 #[macro_use]
 mod site;
+#[cfg(feature = "tower")]
+pub mod tower;
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
