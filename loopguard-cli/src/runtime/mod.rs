@@ -3,3 +3,4 @@
 pub mod cpython;
 pub mod elf;
 pub mod memory;
+pub mod probe_site;

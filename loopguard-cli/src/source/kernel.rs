@@ -25,7 +25,7 @@ use loopguard_common::{
 use super::btf;
 use crate::{
     core::event::Tid,
-    runtime::cpython::{ProbeSite, StepProbe},
+    runtime::{cpython::StepProbe, probe_site::ProbeSite},
     sink::escape::printable,
 };
 

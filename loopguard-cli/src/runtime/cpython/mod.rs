@@ -26,7 +26,7 @@ use super::memory::{Fault, ProcessMemory, RecordedMemory, Recorder, Source, Targ
 use offsets::{ASYNCIO_OFFSETS_SIZE, AsyncioOffsets, BadOffsets, DEBUG_OFFSETS_SIZE, GIL_SIZE, Gil, Offsets};
 
 pub use inspect::Inspector;
-pub use probe::{ProbeSite, StepProbe};
+pub use probe::StepProbe;
 pub use task::{NotTold, TaskFacts};
 
 const MAX_INTERPRETERS: usize = 64;

@@ -3,7 +3,7 @@
 use super::{Live, Steps};
 use crate::{
     core::event::{Runtime, Tid},
-    runtime::cpython::{ProbeSite, StepProbe},
+    runtime::{cpython::StepProbe, probe_site::ProbeSite},
     source::process,
 };
 use loopguard_common::records::{THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST};
