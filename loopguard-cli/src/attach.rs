@@ -109,7 +109,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
                 ready?;
                 live.drain(&mut events)?;
             }
-            _ = look.tick() => live.watch(&mut events),
+            _ = look.tick() => live.watch(&mut events)?,
             _ = reap.tick() => {
                 live.drain(&mut events)?;
                 live.reap(&mut events);

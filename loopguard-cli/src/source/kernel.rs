@@ -67,11 +67,30 @@ impl log::Log for ToStandardError {
 }
 
 impl Pace {
-    /// How far apart captures of one step are, and how often the sampling clock of a loop thread ticks in time that
-    /// the thread is on the CPU: a block has at least eight of them.
+    /// How far apart captures of one step are at least.
     fn gap_ns(self) -> u64 {
         (self.threshold_ns / 16).clamp(1_000_000, 5_000_000)
     }
+
+    /// How often the sampling clock of a loop thread ticks, in time that the thread is on the CPU.
+    fn sampling_period_ns(self, sampling: Sampling) -> u64 {
+        match sampling {
+            // A step that reaches the threshold on the CPU meets it once after the age at which it is looked into.
+            Sampling::Watchful => self.capture_age_ns.min(self.threshold_ns.saturating_sub(self.capture_age_ns)),
+            // A block has at least eight of them.
+            Sampling::Close => self.gap_ns(),
+        }
+        .max(self.gap_ns())
+    }
+}
+
+/// How closely a thread on the CPU is sampled: an interrupt costs a few microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sampling {
+    /// Enough to notice the first step that becomes old.
+    Watchful,
+    /// Enough to tell what a step was about, and where in a tick its owner changed.
+    Close,
 }
 
 pub struct Kernel {
@@ -242,16 +261,7 @@ impl Kernel {
                 clock.switch_out(now_ns, SwitchOut::Waits { syscall, arg0, gil });
             }
         }
-        let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
-        let link = program
-            .attach(
-                PerfEventConfig::Software(SoftwareEvent::CpuClock),
-                PerfEventScope::OneProcess { pid: tid, cpu: None },
-                SamplePolicy::Period(self.pace.gap_ns()),
-                false,
-            )
-            .context("attach the sampling clock")?;
-        self.samplers.insert(tid, link);
+        self.sample(tid, Sampling::Watchful)?;
         self.owners[slot] = Some(tid);
         let slot = slot as u32;
         self.clocks.set(slot, clock, 0)?;
@@ -259,6 +269,23 @@ impl Kernel {
         self.slots.insert(tid, slot, 0)?;
         self.mark(tid, true)?;
         Ok(slot)
+    }
+
+    /// Has the sampling clock of a thread tick this closely.
+    pub fn sample(&mut self, tid: Tid, sampling: Sampling) -> Result<()> {
+        let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
+        let link = program
+            .attach(
+                PerfEventConfig::Software(SoftwareEvent::CpuClock),
+                PerfEventScope::OneProcess { pid: tid, cpu: None },
+                SamplePolicy::Period(self.pace.sampling_period_ns(sampling)),
+                false,
+            )
+            .context("attach the sampling clock")?;
+        if let Some(before) = self.samplers.insert(tid, link) {
+            let _ = program.detach(before);
+        }
+        Ok(())
     }
 
     pub fn unwatch_thread(&mut self, tid: Tid) {

@@ -139,8 +139,8 @@ impl Live {
         };
         events.push(Event::LoopFound(info.clone()));
         self.loops.insert(tid, Loop { info, python, epoll_fd, slot, marks, step: StepFacts::default() });
-        if self.targets[&pid].armed_until_ns.is_some() {
-            self.arm_loop(tid);
+        if self.targets[&pid].closeness.is_close() {
+            self.watch_loop_closely(tid);
         }
         Ok(())
     }

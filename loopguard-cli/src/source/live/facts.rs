@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use anyhow::Result;
 use loopguard_common::{
     clock::LoopClock,
     records::{CaptureCause, CaptureRecord, RawFrame, STEP_CUT_AT_ATTACH, STEP_PROBED, StepRecord, WalkStatus},
@@ -43,7 +44,7 @@ pub(super) enum Freshness {
 
 impl Live {
     pub(super) fn capture(&mut self, record: &CaptureRecord, freshness: Freshness) -> Option<Event> {
-        self.arm(record.header.tgid);
+        self.watch_closely(record.header.tgid);
         let tid = record.header.tid;
         let runs = |live: &Self| match freshness {
             Freshness::Unknown => live.is_running(tid, record.step_seq),
@@ -155,9 +156,20 @@ impl Live {
         self.kernel.clock(tid).is_some_and(|clock| clock.step_seq == seq && clock.in_tick())
     }
 
+    /// Takes all records that are there, and looks at the steps that are old and still wait.
+    pub fn watch(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        let mut seen = Vec::new();
+        self.look_at_old_steps(&mut seen);
+        // What was sent of earlier steps may still be in the ring buffer; it has to come first, or it would be taken
+        // for late.
+        self.drain(events)?;
+        events.append(&mut seen);
+        Ok(())
+    }
+
     /// Looks at steps that are old and still wait: what they are about can be read now, and what goes on must be seen
     /// before it ends.
-    pub fn watch(&mut self, events: &mut Vec<Event>) {
+    fn look_at_old_steps(&mut self, events: &mut Vec<Event>) {
         let now = process::monotonic_ns();
         let age_ns = self.options.threshold_ns / 2;
         for tid in self.loops.keys().copied().collect::<Vec<_>>() {

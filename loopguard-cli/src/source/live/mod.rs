@@ -32,7 +32,7 @@ use crate::{
 };
 use discover::Poll;
 use facts::{Freshness, StepFacts, step};
-use steps::StepMark;
+use steps::{Closeness, StepMark};
 
 /// Loops that are gone and still listed.
 const MAX_FINISHED: usize = 1000;
@@ -77,8 +77,7 @@ struct Target {
     pidfd: OwnedFd,
     python: Option<Python>,
     uses_uvloop: bool,
-    /// Until when its step probes stay in place (ns); `None`: they are not.
-    armed_until_ns: Option<u64>,
+    closeness: Closeness,
     ended: bool,
 }
 
@@ -147,7 +146,8 @@ impl Live {
         let uses_uvloop = process::uses_uvloop(pid);
         let layout = python.as_ref().map(|python| python.interpreter.layout());
         self.kernel.watch_process(pid, layout.as_ref())?;
-        self.targets.insert(pid, Target { pid, pidfd, python, uses_uvloop, armed_until_ns: None, ended: false });
+        self.targets
+            .insert(pid, Target { pid, pidfd, python, uses_uvloop, closeness: Closeness::default(), ended: false });
         Ok(())
     }
 
@@ -188,7 +188,7 @@ impl Live {
     pub fn reap(&mut self, events: &mut Vec<Event>) {
         self.cost.turn(&self.kernel);
         self.kernel.flush_log();
-        self.disarm_unneeded();
+        self.relax();
         for target in self.targets.values_mut() {
             target.ended = process::has_ended(&target.pidfd);
         }

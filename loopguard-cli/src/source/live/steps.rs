@@ -4,13 +4,45 @@ use super::{Live, Steps};
 use crate::{
     core::event::{Runtime, Tid},
     runtime::{cpython::StepProbe, probe_site::ProbeSite},
-    source::process,
+    source::{kernel::Sampling, process},
 };
 use loopguard_common::records::{THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST};
 
-/// How long step probes stay after the last old step was seen. They cost about a microsecond a step, which a loop that
-/// is never blocked need not pay.
-const ARMED_FOR_NS: u64 = 300_000_000_000;
+/// How long a process is watched closely after an old step: twice the time since the one before it, within these
+/// bounds. Close watching costs about a microsecond a step, which a loop that is hardly ever blocked need not pay.
+const CLOSE_AT_LEAST_NS: u64 = 10_000_000_000;
+const CLOSE_AT_MOST_NS: u64 = 300_000_000_000;
+
+/// Whether the steps of a process are marked and sampled closely, and until when.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Closeness {
+    until_ns: Option<u64>,
+    last_old_step_ns: u64,
+}
+
+impl Closeness {
+    pub(super) fn is_close(&self) -> bool {
+        self.until_ns.is_some()
+    }
+
+    /// A step has become old. Whether that begins a time of close watching.
+    fn old_step(&mut self, now_ns: u64) -> bool {
+        let since_last = now_ns.saturating_sub(self.last_old_step_ns);
+        let lasts = since_last.saturating_mul(2).clamp(CLOSE_AT_LEAST_NS, CLOSE_AT_MOST_NS);
+        let begins = self.until_ns.is_none();
+        // The first one ever says nothing about how far apart they are.
+        let lasts = if self.last_old_step_ns == 0 { CLOSE_AT_LEAST_NS } else { lasts };
+        self.until_ns = self.until_ns.max(Some(now_ns.saturating_add(lasts)));
+        self.last_old_step_ns = now_ns;
+        begins
+    }
+
+    /// Whether the time of close watching is over just now.
+    fn is_over(&mut self, now_ns: u64) -> bool {
+        self.until_ns.take_if(|until| *until <= now_ns).is_some()
+    }
+}
+
 /// How the steps of a loop can be marked.
 #[derive(Clone)]
 pub(super) struct StepMark {
@@ -39,20 +71,23 @@ impl Live {
         }
     }
 
-    /// Puts the step probes of a process in place, or keeps them there: a step of it has become old.
-    pub(super) fn arm(&mut self, pid: u32) {
+    /// Watches a process closely, or goes on with that: a step of it has become old.
+    pub(super) fn watch_closely(&mut self, pid: u32) {
         let Some(target) = self.targets.get_mut(&pid) else { return };
-        if target.armed_until_ns.replace(process::monotonic_ns() + ARMED_FOR_NS).is_some() {
+        if !target.closeness.old_step(process::monotonic_ns()) {
             return;
         }
         let loops = self.loops.values().filter(|known| known.info.pid == pid);
         for tid in loops.map(|known| known.info.tid).collect::<Vec<_>>() {
-            self.arm_loop(tid);
+            self.watch_loop_closely(tid);
         }
     }
 
-    pub(super) fn arm_loop(&mut self, tid: Tid) {
+    pub(super) fn watch_loop_closely(&mut self, tid: Tid) {
         let Some(known) = self.loops.get_mut(&tid) else { return };
+        if let Err(error) = self.kernel.sample(tid, Sampling::Close) {
+            self.notices.push(format!("thread {tid} is not sampled closely ({error:#})"));
+        }
         let Some(StepMark { which, site, flags }) = known.marks.clone() else { return };
         let placed = self.kernel.attach_steps(known.info.pid, which, (&site, known.slot));
         match placed.and_then(|()| self.kernel.update_thread(tid, |thread| thread.flags = flags)) {
@@ -64,18 +99,53 @@ impl Live {
         }
     }
 
-    /// Takes step probes away that nothing has needed for a while.
-    pub(super) fn disarm_unneeded(&mut self) {
+    /// Steps back from processes in which nothing was late for a while.
+    pub(super) fn relax(&mut self) {
         let now = process::monotonic_ns();
         for target in self.targets.values_mut() {
-            if target.armed_until_ns.is_none_or(|until| now < until) {
+            if !target.closeness.is_over(now) {
                 continue;
             }
-            target.armed_until_ns = None;
             for known in self.loops.values().filter(|known| known.info.pid == target.pid) {
                 let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags = 0);
+                let _ = self.kernel.sample(known.info.tid, Sampling::Watchful);
             }
             self.kernel.detach_steps(target.pid);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: u64 = 1_000_000_000;
+
+    /// Old steps at these seconds; what is close at the end, and until when.
+    fn check(old_steps: &[u64], expected_until_s: u64) {
+        let mut closeness = Closeness::default();
+        for at in old_steps {
+            closeness.is_over(at * S);
+            closeness.old_step(at * S);
+        }
+        assert!(!closeness.is_over(expected_until_s * S - 1));
+        assert!(closeness.is_close());
+        assert!(closeness.is_over(expected_until_s * S));
+        assert!(!closeness.is_close());
+    }
+
+    #[test]
+    fn a_single_old_step_is_followed_by_a_short_time_of_close_watching() {
+        check(&[1000], 1010);
+        check(&[1000, 1001], 1011);
+    }
+
+    #[test]
+    fn where_old_steps_come_back_the_next_one_is_awaited() {
+        check(&[1000, 1030], 1090);
+        check(&[1000, 1030, 1060], 1120);
+        // A burst does not shorten it.
+        check(&[1000, 1030, 1031], 1090);
+        check(&[1000, 4000], 4300);
     }
 }
