@@ -71,7 +71,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
     let mut stop = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let pids: BTreeSet<u32> = arguments.pids.iter().copied().collect();
     let mut live = Live::attach(&pids, options)?;
-    let mut profile = Profile::new(Settings { threshold_ns: options.threshold_ns });
+    let mut profile = Profile::new(Settings::fixed(options.threshold_ns));
     let mut events = Vec::new();
     live.scan(&mut events)?;
 
@@ -132,6 +132,9 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
         for update in profile.apply(event) {
             sink.update(&update).map_err(output_error)?;
         }
+    }
+    for update in profile.finish() {
+        sink.update(&update).map_err(output_error)?;
     }
     let summary = profile.summary(&Measured::from(&live.status()));
     sink.finish(&summary).map_err(output_error)?;

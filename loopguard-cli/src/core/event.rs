@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use loopguard_common::clock::TICK_BUCKETS;
 pub use loopguard_common::records::OffCpu;
 
 /// A thread id in the initial pid namespace: the key of everything that happens on one loop.
@@ -19,10 +20,18 @@ pub enum Event {
     },
     /// What the thread was doing at one instant of an old step; comes before the step's [`Event::Step`].
     Capture(Capture),
-    /// A step that reached the threshold has ended.
+    /// A step has ended that reached the threshold, or that is long enough to add up with others.
     Step(Step),
     /// A step that has not ended yet is this old now.
     StillOpen(OpenStep),
+    /// Who else was in flight on the loop while a step held it; comes before the step's [`Event::Step`].
+    InFlight(InFlight),
+    /// How many ticks of each length a loop had since it is watched; about once a second.
+    Ticks(TickCounts),
+    /// It is now that late, whatever else happens.
+    TimePassed {
+        now_ns: u64,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,6 +192,25 @@ pub enum Origin {
     Library,
     /// The language's own: standard library, interpreter, event loop.
     Runtime,
+}
+
+/// The requests in flight on a loop, read from the target while the step ran.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InFlight {
+    pub tid: Tid,
+    pub step_seq: u64,
+    /// Each once, the step's own among them.
+    pub requests: Vec<Arc<RequestFacts>>,
+    /// Tasks that could not be read.
+    pub unread: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct TickCounts {
+    pub tid: Tid,
+    pub now_ns: u64,
+    /// Bucket `n` counts ticks of `2^(n-1)..2^n` microseconds.
+    pub histogram: [u32; TICK_BUCKETS],
 }
 
 /// A step that still runs.

@@ -13,6 +13,12 @@ pub enum Update {
     Block(Incident),
     /// A block that goes on; its [`Update::Block`] follows when it ends.
     Ongoing(Ongoing),
+    /// Steps below the threshold that added up; told once, when the episode is over.
+    Cumulative(Cumulative),
+    /// An episode that goes on; its [`Update::Cumulative`] follows when it is over.
+    CumulativeOngoing(Cumulative),
+    /// The adaptive threshold of a loop has changed.
+    Threshold(ThresholdChange),
 }
 
 /// A step, or the part of a tick one owner had, that reached the threshold. Times are `CLOCK_MONOTONIC` nanoseconds.
@@ -26,8 +32,81 @@ pub struct Incident {
     /// Longest first.
     pub waits: Vec<WaitTotal>,
     pub blame: Blame,
+    /// The requests it held up; `None`: nobody could look while it ran.
+    pub victims: Option<Victims>,
+    /// What to write instead, for a well-known blocking call.
+    pub hint: Option<&'static str>,
     /// It was already running when loopguard came, so it is longer than what is reported.
     pub cut_at_attach: bool,
+}
+
+/// The requests that were in flight on the loop while a block held it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Victims {
+    pub count: u64,
+    /// What each of them was delayed at most: the block's length.
+    pub delay_ns: u64,
+    /// The first [`MAX_VICTIMS_LISTED`] of them.
+    pub requests: Vec<Arc<RequestFacts>>,
+    /// Tasks of the loop that could not be read: there may be more victims.
+    pub unread: u32,
+}
+
+/// Victims whose names are kept.
+pub const MAX_VICTIMS_LISTED: usize = 20;
+
+/// Steps below the threshold that summed up to the cumulative threshold within its window.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cumulative {
+    pub on: Arc<LoopInfo>,
+    /// From the start of the first step to the end of the last.
+    pub start_ns: u64,
+    pub end_ns: u64,
+    pub window_ns: u64,
+    pub threshold_ns: u64,
+    /// Of all its steps, by wall clock. What counts for the threshold is this without the time for which there was no
+    /// CPU.
+    pub total_ns: u64,
+    /// Steps.
+    pub count: u64,
+    /// Where the total went.
+    pub split: Split,
+    /// The main owner, and the stack that stands for most of the time.
+    pub blame: Blame,
+    /// Whose steps they were, the largest share first.
+    pub owners: Vec<OwnerShare>,
+    /// By the user's line, the largest share first.
+    pub lines: Vec<LineShare>,
+    pub hint: Option<&'static str>,
+}
+
+/// What one owner had of a cumulative block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OwnerShare {
+    pub owner: Owner,
+    pub attribution: Attribution,
+    pub ns: u64,
+    /// Steps.
+    pub count: u64,
+}
+
+/// What one line had of a cumulative block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LineShare {
+    /// One that stands for all with this line.
+    pub stack: Arc<Stack>,
+    pub ns: u64,
+    /// Steps.
+    pub count: u64,
+}
+
+/// From the next tick on this is the loop's threshold.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ThresholdChange {
+    pub on: Arc<LoopInfo>,
+    pub threshold_ns: u64,
+    /// The tick length it is a multiple of.
+    pub baseline_ns: u64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +116,8 @@ pub struct Ongoing {
     pub now_ns: u64,
     pub threshold_ns: u64,
     pub blame: Blame,
+    /// What to write instead, for a well-known blocking call.
+    pub hint: Option<&'static str>,
 }
 
 /// Whose block it is, on which line, and how sure that is.
@@ -110,6 +191,16 @@ impl Incident {
     }
 }
 
+impl Cumulative {
+    pub fn verdict(&self) -> Verdict {
+        self.split.verdict()
+    }
+
+    pub fn user_line(&self) -> Option<UserLine<'_>> {
+        user_line(&self.blame.stack)
+    }
+}
+
 impl Ongoing {
     pub fn age_ns(&self) -> u64 {
         self.now_ns.saturating_sub(self.start_ns)
@@ -143,8 +234,13 @@ impl Blame {
     }
 }
 
+/// Where the deepest frame of the user's stands.
+pub fn user_line_index(stack: &Stack) -> Option<usize> {
+    stack.frames.iter().position(|frame| frame.origin == Origin::User)
+}
+
 pub fn user_line(stack: &Stack) -> Option<UserLine<'_>> {
-    let deepest = stack.frames.iter().position(|frame| frame.origin == Origin::User)?;
+    let deepest = user_line_index(stack)?;
     let called = deepest.checked_sub(1).map(|inner| &*stack.frames[inner]);
     Some(UserLine { frame: &stack.frames[deepest], called })
 }
@@ -164,6 +260,19 @@ impl Split {
             waiting_ns: off.waiting_ns,
             gil_ns: off.gil_ns,
             run_queue_ns: off.run_queue_ns,
+        }
+    }
+
+    pub fn total_ns(&self) -> u64 {
+        [self.on_cpu_ns, self.waiting_ns, self.gil_ns, self.run_queue_ns].into_iter().fold(0, u64::saturating_add)
+    }
+
+    pub fn plus(&self, other: &Self) -> Self {
+        Self {
+            on_cpu_ns: self.on_cpu_ns.saturating_add(other.on_cpu_ns),
+            waiting_ns: self.waiting_ns.saturating_add(other.waiting_ns),
+            gil_ns: self.gil_ns.saturating_add(other.gil_ns),
+            run_queue_ns: self.run_queue_ns.saturating_add(other.run_queue_ns),
         }
     }
 

@@ -3,11 +3,15 @@
 pub mod event;
 
 pub mod captures;
+pub mod cumulative;
 pub mod cut;
+pub mod hint;
 pub mod incident;
 pub mod profile;
+pub mod routes;
 pub mod status;
 pub mod summary;
+pub mod threshold;
 
 #[cfg(test)]
 mod story;

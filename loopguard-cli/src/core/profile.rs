@@ -4,17 +4,41 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::captures::OpenCaptures;
+use super::cumulative::{CumulativeSettings, ShortStep, ShortSteps, Told};
 use super::cut::{self, Part, Span, same_owner};
 use super::event::{
-    Capture, Event, Frame, How, LoopInfo, OffCpu, OpenStep, Owner, Stack, Step, StepMarks, StepWait, Tid,
+    Capture, Event, Frame, How, InFlight, LoopInfo, OffCpu, OpenStep, Owner, RequestFacts, Stack, Step, StepMarks,
+    StepWait, TickCounts, Tid,
 };
-use super::incident::{Attribution, Blame, Incident, Ongoing, Split, Update, WaitTotal, user_line};
+use super::hint::hint;
+use super::incident::{
+    Attribution, Blame, Incident, MAX_VICTIMS_LISTED, Ongoing, Split, ThresholdChange, Update, Victims, WaitTotal,
+    user_line,
+};
+use super::routes::RouteRules;
 use super::summary::{Measured, Summary, Totals};
+use super::threshold::{AdaptiveThreshold, ThresholdRule};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Blocks of one loop that wait until its threshold is known; the longest are kept.
+const MAX_HELD: usize = 1000;
+
+#[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// A step at least this long is a block.
-    pub threshold_ns: u64,
+    pub threshold: ThresholdRule,
+    pub cumulative: CumulativeSettings,
+    pub routes: RouteRules,
+}
+
+impl Settings {
+    /// A fixed threshold, and the defaults for everything else.
+    pub fn fixed(threshold_ns: u64) -> Self {
+        Self {
+            threshold: ThresholdRule::Fixed { ns: threshold_ns },
+            cumulative: CumulativeSettings::default(),
+            routes: RouteRules::default(),
+        }
+    }
 }
 
 /// All that is known of the watched loops. The same events always give the same updates.
@@ -29,6 +53,18 @@ pub struct Profile {
 struct LoopThread {
     info: Arc<LoopInfo>,
     captures: OpenCaptures,
+    /// Who was in flight in the newest step somebody looked at.
+    in_flight: Option<InFlight>,
+    short: ShortSteps,
+    threshold: LoopThreshold,
+    /// Blocks that may turn out to be below the threshold.
+    held: Vec<Incident>,
+}
+
+#[derive(Debug)]
+enum LoopThreshold {
+    Fixed(u64),
+    Adaptive(Box<AdaptiveThreshold>),
 }
 
 /// What ties the parts of a step to their owners.
@@ -47,18 +83,30 @@ impl Profile {
 
     /// What follows from `event`. Events of a thread that no [`Event::LoopFound`] introduced are ignored.
     pub fn apply(&mut self, event: Event) -> Vec<Update> {
+        let updates = self.updates(event);
+        for update in &updates {
+            match update {
+                Update::Block(block) => self.totals.add(block),
+                Update::Cumulative(block) => self.totals.add_cumulative(block),
+                Update::Ongoing(_) | Update::CumulativeOngoing(_) | Update::Threshold(_) => {}
+            }
+        }
+        updates
+    }
+
+    fn updates(&mut self, event: Event) -> Vec<Update> {
+        let (settings, totals) = (&self.settings, &mut self.totals);
         match event {
             Event::LoopFound(info) => {
                 let info = Arc::new(info);
-                self.totals.loop_found(&info);
+                totals.loop_found(&info);
                 // Found again: a new loop on a reused thread id, whose steps are counted anew.
-                self.loops.insert(info.tid, LoopThread { info, captures: OpenCaptures::default() });
-                Vec::new()
+                let before = self.loops.insert(info.tid, LoopThread::new(info, settings));
+                before.map(|mut thread| thread.finish(settings)).unwrap_or_default()
             }
             Event::LoopGone { tid } => {
-                self.totals.loop_gone(tid);
-                self.loops.remove(&tid);
-                Vec::new()
+                totals.loop_gone(tid);
+                self.loops.remove(&tid).map(|mut thread| thread.finish(settings)).unwrap_or_default()
             }
             Event::Capture(capture) => {
                 if let Some(thread) = self.loops.get_mut(&capture.tid) {
@@ -66,56 +114,211 @@ impl Profile {
                 }
                 Vec::new()
             }
+            Event::InFlight(in_flight) => {
+                if let Some(thread) = self.loops.get_mut(&in_flight.tid) {
+                    thread.in_flight = Some(in_flight);
+                }
+                Vec::new()
+            }
             Event::Step(step) => {
                 let Some(thread) = self.loops.get_mut(&step.tid) else { return Vec::new() };
-                let blocks = thread.ended(&step, self.settings.threshold_ns);
-                blocks.iter().for_each(|block| self.totals.add(block));
-                blocks.into_iter().map(Update::Block).collect()
+                let ended = thread.ended(&step, settings);
+                ended.excluded.iter().for_each(|block| totals.add_excluded(block));
+                ended.updates
             }
             Event::StillOpen(step) => {
                 let Some(thread) = self.loops.get_mut(&step.tid) else { return Vec::new() };
-                thread.still_open(&step, self.settings.threshold_ns).map(Update::Ongoing).into_iter().collect()
+                thread.still_open(&step, settings).map(Update::Ongoing).into_iter().collect()
+            }
+            Event::Ticks(ticks) => {
+                let Some(thread) = self.loops.get_mut(&ticks.tid) else { return Vec::new() };
+                thread.count(&ticks, settings)
+            }
+            Event::TimePassed { now_ns } => {
+                // In the order of their ids: replays are equal.
+                let mut threads: Vec<&mut LoopThread> = self.loops.values_mut().collect();
+                threads.sort_by_key(|thread| thread.info.tid);
+                let pass = |thread: &mut LoopThread| thread.short.pass(&thread.info, &settings.cumulative, now_ns);
+                threads.into_iter().flat_map(pass).map(Update::from).collect()
             }
         }
     }
 
-    /// What has been seen so far; the clock's and the kernel's figures are `measured` by the caller.
-    pub fn summary(&self, measured: &Measured) -> Summary {
-        self.totals.summary(self.settings.threshold_ns, measured)
+    /// What is still under way when the watch ends.
+    pub fn finish(&mut self) -> Vec<Update> {
+        let mut tids: Vec<Tid> = self.loops.keys().copied().collect();
+        tids.sort_unstable();
+        tids.into_iter().flat_map(|tid| self.apply(Event::LoopGone { tid })).collect()
     }
 
-    /// Blocks so far.
+    /// What has been seen so far; the clock's and the kernel's figures are `measured` by the caller.
+    pub fn summary(&self, measured: &Measured) -> Summary {
+        self.totals.summary(self.settings.threshold.initial_ns(), measured)
+    }
+
+    /// Blocks so far, cumulative ones among them.
     pub fn blocks(&self) -> u64 {
         self.totals.blocks()
     }
+
+    /// From which length on a loop's steps may be blocks. Shorter ones need not be told.
+    pub fn told_from_ns(&self, tid: Tid) -> u64 {
+        let of_loop = self.loops.get(&tid).map_or(self.settings.threshold.initial_ns(), |known| known.threshold_ns());
+        self.settings.routes.lowest_ns().map_or(of_loop, |lowest| lowest.min(of_loop))
+    }
+
+    /// The threshold of a loop, for those that show it.
+    pub fn threshold_ns(&self, tid: Tid) -> Option<u64> {
+        self.loops.get(&tid).map(LoopThread::threshold_ns)
+    }
+}
+
+impl From<Told> for Update {
+    fn from(told: Told) -> Self {
+        match told {
+            Told::Ended(cumulative) => Self::Cumulative(cumulative),
+            Told::GoesOn(cumulative) => Self::CumulativeOngoing(cumulative),
+        }
+    }
+}
+
+/// What came of a step.
+#[derive(Default)]
+struct Ended {
+    updates: Vec<Update>,
+    /// Blocks of routes nobody wants to hear of.
+    excluded: Vec<Incident>,
 }
 
 impl LoopThread {
-    fn ended(&mut self, step: &Step, threshold_ns: u64) -> Vec<Incident> {
+    fn new(info: Arc<LoopInfo>, settings: &Settings) -> Self {
+        let threshold = match &settings.threshold {
+            ThresholdRule::Fixed { ns } => LoopThreshold::Fixed(*ns),
+            ThresholdRule::Adaptive(adaptive) => LoopThreshold::Adaptive(Box::new(AdaptiveThreshold::new(adaptive))),
+        };
+        Self {
+            info,
+            captures: OpenCaptures::default(),
+            in_flight: None,
+            short: ShortSteps::default(),
+            threshold,
+            held: Vec::new(),
+        }
+    }
+
+    fn threshold_ns(&self) -> u64 {
+        match &self.threshold {
+            LoopThreshold::Fixed(ns) => *ns,
+            LoopThreshold::Adaptive(adaptive) => adaptive.threshold_ns(),
+        }
+    }
+
+    fn ended(&mut self, step: &Step, settings: &Settings) -> Ended {
         let span = Span { start_ns: step.start_ns, end_ns: step.end_ns, off_cpu: step.off_cpu };
         let mut captures = self.captures.take(step.seq);
         cut::settle(&mut captures, &span);
         let probe = if step.probed { Marks::StepProbe } else { Marks::Captures };
         let (parts, marks) = parts(&span, &captures, probe);
         let is_whole = parts.len() == 1;
-        parts
-            .iter()
-            .filter(|part| part.span.duration_ns() >= threshold_ns)
-            .map(|part| Incident {
+        let in_flight = self.in_flight.take().filter(|in_flight| in_flight.step_seq == step.seq);
+        let mut ended = Ended::default();
+        for part in &parts {
+            let blame = blame(part, marks);
+            let split = Split::of(&part.span);
+            let of_route = settings.routes.threshold_ns(&blame.owner);
+            let threshold_ns = of_route.unwrap_or(self.threshold_ns());
+            if part.span.duration_ns() < threshold_ns {
+                ended.updates.extend(self.short_step(part, split, blame, settings));
+                continue;
+            }
+            let waits = if is_whole { waits_of_step(&step.waits, part.captures) } else { waits_seen(part.captures) };
+            let block = Incident {
                 on: Arc::clone(&self.info),
                 start_ns: part.span.start_ns,
                 end_ns: part.span.end_ns,
                 threshold_ns,
-                split: Split::of(&part.span),
-                waits: if is_whole { waits_of_step(&step.waits, part.captures) } else { waits_seen(part.captures) },
-                blame: blame(part, marks),
+                split,
+                victims: in_flight.as_ref().map(|seen| victims(seen, &blame.owner, part.span.duration_ns())),
+                hint: hint(&blame, &split, &waits),
+                waits,
+                blame,
                 cut_at_attach: step.cut_at_attach && part.span.start_ns == step.start_ns,
-            })
+            };
+            if settings.routes.excludes(&block.blame.owner) {
+                ended.excluded.push(block);
+            } else if of_route.is_none() && self.may_be_none(&block, settings) {
+                self.hold(block);
+            } else {
+                ended.updates.push(Update::Block(block));
+            }
+        }
+        ended
+    }
+
+    /// A part that is no block by itself.
+    fn short_step(&mut self, part: &Part, split: Split, blame: Blame, settings: &Settings) -> Vec<Update> {
+        let floor_ns = settings.cumulative.floor_ns(self.threshold_ns());
+        let own_ns = split.total_ns().saturating_sub(split.run_queue_ns);
+        if own_ns < floor_ns || settings.routes.excludes(&blame.owner) {
+            return Vec::new();
+        }
+        let step = ShortStep { start_ns: part.span.start_ns, end_ns: part.span.end_ns, split, blame };
+        self.short.add(&self.info, &settings.cumulative, step).into_iter().map(Update::from).collect()
+    }
+
+    /// Whether a block may turn out to be below the threshold once that is known.
+    fn may_be_none(&self, block: &Incident, settings: &Settings) -> bool {
+        match (&self.threshold, &settings.threshold) {
+            (LoopThreshold::Adaptive(threshold), ThresholdRule::Adaptive(adaptive)) => {
+                !threshold.is_calibrated() && block.duration_ns() < adaptive.cap_ns
+            }
+            _ => false,
+        }
+    }
+
+    fn hold(&mut self, block: Incident) {
+        if self.held.len() == MAX_HELD {
+            let shortest = self.held.iter().enumerate().min_by_key(|(_, held)| held.duration_ns());
+            let Some((index, shortest)) = shortest else { return };
+            if shortest.duration_ns() >= block.duration_ns() {
+                return;
+            }
+            self.held.remove(index);
+        }
+        self.held.push(block);
+    }
+
+    /// Ticks were counted: the threshold may change, and blocks that waited for it are judged.
+    fn count(&mut self, ticks: &TickCounts, settings: &Settings) -> Vec<Update> {
+        let (LoopThreshold::Adaptive(threshold), ThresholdRule::Adaptive(adaptive)) =
+            (&mut self.threshold, &settings.threshold)
+        else {
+            return Vec::new();
+        };
+        let Some(baseline_ns) = threshold.update(adaptive, ticks.now_ns, &ticks.histogram) else { return Vec::new() };
+        let threshold_ns = threshold.threshold_ns();
+        let change = ThresholdChange { on: Arc::clone(&self.info), threshold_ns, baseline_ns };
+        let mut updates = vec![Update::Threshold(change)];
+        updates.extend(self.release(threshold_ns));
+        updates
+    }
+
+    fn release(&mut self, threshold_ns: u64) -> Vec<Update> {
+        let held = std::mem::take(&mut self.held).into_iter();
+        held.filter(|block| block.duration_ns() >= threshold_ns)
+            .map(|block| Update::Block(Incident { threshold_ns, ..block }))
             .collect()
     }
 
+    /// Nothing more comes of this loop. What was never judged is judged by the floor, which it reached.
+    fn finish(&mut self, settings: &Settings) -> Vec<Update> {
+        let mut updates = self.release(self.threshold_ns());
+        updates.extend(self.short.finish(&self.info, &settings.cumulative).into_iter().map(Update::from));
+        updates
+    }
+
     /// Only the last owner still blocks; what an earlier one did comes with the end of the step.
-    fn still_open(&mut self, step: &OpenStep, threshold_ns: u64) -> Option<Ongoing> {
+    fn still_open(&mut self, step: &OpenStep, settings: &Settings) -> Option<Ongoing> {
         let span = Span { start_ns: step.start_ns, end_ns: step.now_ns, off_cpu: OffCpu::default() };
         let mut captures = self.captures.so_far(step.seq).to_vec();
         cut::settle(&mut captures, &span);
@@ -126,15 +329,30 @@ impl LoopThread {
             StepMarks::Exact | StepMarks::TicksOnly => Marks::Captures,
         };
         let (parts, marks) = parts(&span, &captures, probe);
-        let part = parts.last().filter(|part| part.span.duration_ns() >= threshold_ns)?;
+        let part = parts.last()?;
+        let blame = blame(part, marks);
+        let threshold_ns = settings.routes.threshold_ns(&blame.owner).unwrap_or(self.threshold_ns());
+        if part.span.duration_ns() < threshold_ns || settings.routes.excludes(&blame.owner) {
+            return None;
+        }
         Some(Ongoing {
             on: Arc::clone(&self.info),
             start_ns: part.span.start_ns,
             now_ns: part.span.end_ns,
             threshold_ns,
-            blame: blame(part, marks),
+            hint: hint(&blame, &Split::of(&part.span), &waits_seen(part.captures)),
+            blame,
         })
     }
+}
+
+/// Everyone in flight but the one who blocked.
+fn victims(seen: &InFlight, owner: &Owner, duration_ns: u64) -> Victims {
+    let is_owner = |request: &RequestFacts| matches!(owner, Owner::Request { request: own, .. } if own.id == request.id && own.path == request.path);
+    let others = seen.requests.iter().filter(|request| !is_owner(request));
+    let requests: Vec<_> = others.clone().take(MAX_VICTIMS_LISTED).cloned().collect();
+    let count = others.count() as u64;
+    Victims { count, delay_ns: duration_ns.saturating_mul(count), requests, unread: seen.unread }
 }
 
 /// One part for a probed step, else one for each change of owner. A probed step in which captures saw different
@@ -463,6 +681,47 @@ mod tests {
         check(TicksOnly, events![sample(1, 6, "A"), sample(1, 16, "B"), open(20), open(30)], &["11.. B Inferred"]);
     }
 
+    fn in_flight(seq: u64, ids: &[&str]) -> Event {
+        let request = |id: &&str| match super::super::story::owner(id) {
+            Owner::Request { request, .. } => request,
+            Owner::NoRequest { .. } | Owner::Unknown(_) => unreachable!(),
+        };
+        Event::InFlight(InFlight { tid: 7, step_seq: seq, requests: ids.iter().map(request).collect(), unread: 0 })
+    }
+
+    #[test]
+    fn who_was_in_flight_is_held_up_but_for_the_one_who_blocks() {
+        check(
+            Exact,
+            events![
+                sample(1, 5, "A"),
+                in_flight(1, &["A", "B", "C"]),
+                step(1, 0..20),
+                sample(2, 25, "B"),
+                step(2, 20..40)
+            ],
+            &["0..20 A Exact | Code 20+0+0+0 | held up 2: B C", "20..40 B Exact | Code 20+0+0+0"],
+        );
+        // What was seen in another step says nothing of this one.
+        check(Exact, events![in_flight(1, &["B"]), step(2, 0..20)], &["0..20 ? Unknown | Code 20+0+0+0"]);
+    }
+
+    #[test]
+    fn who_suffers_is_summed_up_by_route() {
+        let mut profile = profile(Exact, 10);
+        for seq in 1..=3 {
+            profile.apply(in_flight(seq, &["B", "C"]));
+            profile.apply(step(seq, 0..20).into());
+        }
+        let many: Vec<String> = (0..50).map(|index| format!("v{index}")).collect();
+        profile.apply(in_flight(4, &many.iter().map(String::as_str).collect::<Vec<_>>()));
+        profile.apply(step(4, 0..20).into());
+        let victims = profile.summary(&Measured::default()).victims;
+        assert_eq!(victims.len(), 2 + MAX_VICTIMS_LISTED + 1);
+        assert_eq!(victims[0].1.blocks, 50 - MAX_VICTIMS_LISTED as u64, "those beyond the listed ones are other");
+        assert_eq!((victims[1].1.blocks, victims[1].1.blocked_ns), (3, ms(60)));
+    }
+
     #[test]
     fn a_thread_that_is_gone_or_unknown_says_nothing() {
         check(Exact, events![sample(1, 5, "A"), Event::LoopGone { tid: 7 }, step(1, 0..20)], &[]);
@@ -504,7 +763,7 @@ mod tests {
             .into_iter()
             .filter_map(|update| match update {
                 Update::Block(block) => Some(block),
-                Update::Ongoing(_) => None,
+                _ => None,
             })
             .collect()
     }
@@ -552,7 +811,7 @@ mod tests {
         /// Records can be lost, late, out of order or nonsense: never a panic, never a part outside its step.
         #[test]
         fn any_events_at_all(
-            events in prop::collection::vec((0..6u8, 0..4u64, any::<[u64; 5]>(), stretches()), 0..60),
+            events in prop::collection::vec((0..8u8, 0..4u64, any::<[u64; 5]>(), stretches()), 0..60),
             is_exact: bool,
         ) {
             let steps = if is_exact { Exact } else { TicksOnly };
@@ -563,6 +822,8 @@ mod tests {
                     0 => Event::LoopGone { tid: 7 },
                     1 => super::super::story::loop_found(steps),
                     2 => OpenStep { tid: 7, seq, start_ns: a, now_ns: b }.into(),
+                    6 => Event::TimePassed { now_ns: a },
+                    7 => in_flight(seq, &["A", "B"]),
                     3 => Step { start_ns: a, end_ns: b, off_cpu, probed: is_exact, ..step(seq, 0..0) }.into(),
                     _ => {
                         let owner = story.first().map_or("?", |stretch| stretch.owner);

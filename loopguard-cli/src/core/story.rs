@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::event::*;
-use super::incident::{Blame, Update};
+use super::incident::{Blame, Cumulative, Incident, Update, user_line};
 use super::profile::{Profile, Settings};
 
 pub const TID: Tid = 7;
@@ -114,8 +114,12 @@ pub fn loop_found(steps: StepMarks) -> Event {
     Event::LoopFound(LoopInfo { pid: 6, tid: TID, thread: "uvicorn".to_owned(), runtime: Runtime::Uvloop, steps })
 }
 
+pub fn settings(threshold_ms: u64) -> Settings {
+    Settings::fixed(ms(threshold_ms))
+}
+
 pub fn profile(steps: StepMarks, threshold_ms: u64) -> Profile {
-    let mut profile = Profile::new(Settings { threshold_ns: ms(threshold_ms) });
+    let mut profile = Profile::new(settings(threshold_ms));
     profile.apply(loop_found(steps));
     profile
 }
@@ -124,52 +128,110 @@ pub fn profile(steps: StepMarks, threshold_ms: u64) -> Profile {
 /// `start..end owner attribution | verdict cpu+waiting+gil+run queue | line | waits`.
 #[track_caller]
 pub fn check(steps: StepMarks, events: impl IntoIterator<Item = Event>, expected: &[&str]) {
-    let mut profile = profile(steps, 10);
+    check_with(settings(10), steps, events, expected);
+}
+
+#[track_caller]
+pub fn check_with(
+    settings: Settings,
+    steps: StepMarks,
+    events: impl IntoIterator<Item = Event>,
+    expected: &[&str],
+) -> Profile {
+    let mut profile = Profile::new(settings);
+    profile.apply(loop_found(steps));
     let told: Vec<String> =
         events.into_iter().flat_map(|event| profile.apply(event)).map(|update| line(&update)).collect();
     assert_eq!(told, expected);
+    profile
+}
+
+fn whole_ms(ns: u64) -> f64 {
+    ns as f64 / 1e6
 }
 
 fn line(update: &Update) -> String {
-    let whole_ms = |ns: u64| ns as f64 / 1e6;
     match update {
         Update::Ongoing(open) => {
             format!("{}.. {}", whole_ms(open.start_ns), who(&open.blame))
         }
-        Update::Block(block) => {
-            let split = block.split;
-            let parts = [split.on_cpu_ns, split.waiting_ns, split.gil_ns, split.run_queue_ns]
-                .map(|ns| whole_ms(ns).to_string())
-                .join("+");
-            let at = block.user_line().map(|at| {
-                let called = at.called.map(|called| format!(" calls {}", called.function)).unwrap_or_default();
-                format!(" | {}{called}", at.frame.function)
-            });
-            let waits: Vec<String> = block
-                .waits
-                .iter()
-                .map(|wait| format!(" | {} {} {}", whole_ms(wait.ns), wait.syscall, wait.on.as_deref().unwrap_or("?")))
-                .collect();
-            format!(
-                "{}..{} {} | {:?} {parts}{}{}",
-                whole_ms(block.start_ns),
-                whole_ms(block.end_ns),
-                who(&block.blame),
-                block.verdict(),
-                at.unwrap_or_default(),
-                waits.concat()
-            )
-        }
+        Update::Block(block) => block_line(block),
+        Update::Cumulative(block) => cumulative_line(block),
+        Update::CumulativeOngoing(open) => format!(
+            "{}.. cumulative {} | {} x {}",
+            whole_ms(open.start_ns),
+            who(&open.blame),
+            open.count,
+            whole_ms(open.total_ns)
+        ),
+        Update::Threshold(change) => format!("threshold {}", whole_ms(change.threshold_ns)),
     }
 }
 
+fn block_line(block: &Incident) -> String {
+    let split = block.split;
+    let parts = [split.on_cpu_ns, split.waiting_ns, split.gil_ns, split.run_queue_ns]
+        .map(|ns| whole_ms(ns).to_string())
+        .join("+");
+    let at = block.user_line().map(|at| {
+        let called = at.called.map(|called| format!(" calls {}", called.function)).unwrap_or_default();
+        format!(" | {}{called}", at.frame.function)
+    });
+    let waits: Vec<String> = block
+        .waits
+        .iter()
+        .map(|wait| format!(" | {} {} {}", whole_ms(wait.ns), wait.syscall, wait.on.as_deref().unwrap_or("?")))
+        .collect();
+    let victims = block.victims.as_ref().map(|victims| {
+        let names: Vec<&str> = victims.requests.iter().map(|request| request.id.as_str()).collect();
+        format!(" | held up {}: {}", victims.count, names.join(" "))
+    });
+    format!(
+        "{}..{} {} | {:?} {parts}{}{}{}",
+        whole_ms(block.start_ns),
+        whole_ms(block.end_ns),
+        who(&block.blame),
+        block.verdict(),
+        at.unwrap_or_default(),
+        waits.concat(),
+        victims.unwrap_or_default(),
+    )
+}
+
+/// `start..end cumulative owner attribution | steps x total | owners' shares | lines' shares`.
+fn cumulative_line(block: &Cumulative) -> String {
+    let owners: Vec<String> =
+        block.owners.iter().map(|share| format!("{} {}", owner_name(&share.owner), whole_ms(share.ns))).collect();
+    let lines: Vec<String> = block
+        .lines
+        .iter()
+        .map(|share| {
+            let name = user_line(&share.stack).map_or("?", |line| &line.frame.function);
+            format!("{name} {}", whole_ms(share.ns))
+        })
+        .collect();
+    format!(
+        "{}..{} cumulative {} | {} x {} | {} | {}",
+        whole_ms(block.start_ns),
+        whole_ms(block.end_ns),
+        who(&block.blame),
+        block.count,
+        whole_ms(block.total_ns),
+        owners.join(", "),
+        lines.join(", ")
+    )
+}
+
 fn who(blame: &Blame) -> String {
-    let owner = match &blame.owner {
+    format!("{} {:?}", owner_name(&blame.owner), blame.attribution)
+}
+
+fn owner_name(owner: &Owner) -> String {
+    match owner {
         Owner::Request { request, .. } => request.id.clone(),
         Owner::NoRequest { task } => format!("-{}", task.as_deref().unwrap_or_default()),
         Owner::Unknown(_) => "?".to_owned(),
-    };
-    format!("{owner} {:?}", blame.attribution)
+    }
 }
 
 impl From<Capture> for Event {

@@ -5,8 +5,8 @@ use std::hash::Hash;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::event::{LoopInfo, Owner, Tid};
-use super::incident::Incident;
+use super::event::{LoopInfo, Owner, RequestFacts, Tid};
+use super::incident::{Cumulative, Incident};
 
 /// Routes, and lines, that are told apart; what comes later counts as `other`.
 pub const MAX_LABELS: usize = 200;
@@ -21,6 +21,12 @@ pub struct Summary {
     pub total: Total,
     pub routes: Vec<(RouteLabel, Total)>,
     pub lines: Vec<(LineLabel, Total)>,
+    /// Who was held up: how often, for how long at most in all, and by the longest block.
+    pub victims: Vec<(RouteLabel, Total)>,
+    /// Cumulative blocks, which are not in `total`.
+    pub cumulative: Total,
+    /// Blocks of excluded routes, which are not in `total` either.
+    pub excluded: Total,
     pub threads: Vec<ThreadTotal>,
 }
 
@@ -84,6 +90,9 @@ pub struct Totals {
     total: Total,
     routes: HashMap<RouteLabel, Total>,
     lines: HashMap<LineLabel, Total>,
+    victims: HashMap<RouteLabel, Total>,
+    cumulative: Total,
+    excluded: Total,
     /// In the order they were found.
     threads: Vec<ThreadSum>,
 }
@@ -128,10 +137,30 @@ impl Totals {
         if let Some(thread) = self.thread(incident.on.tid) {
             thread.total.add(ns);
         }
+        if let Some(victims) = &incident.victims {
+            // Of those beyond the listed ones only the number is known.
+            let listed = victims.requests.len() as u64;
+            for victim in &victims.requests {
+                capped(&mut self.victims, label_of(victim), RouteLabel::Other).add(ns);
+            }
+            if victims.count > listed {
+                let rest = self.victims.entry(RouteLabel::Other).or_default();
+                (listed..victims.count).for_each(|_| rest.add(ns));
+            }
+        }
     }
 
+    pub fn add_cumulative(&mut self, block: &Cumulative) {
+        self.cumulative.add(block.total_ns);
+    }
+
+    pub fn add_excluded(&mut self, incident: &Incident) {
+        self.excluded.add(incident.duration_ns());
+    }
+
+    /// Cumulative ones among them.
     pub fn blocks(&self) -> u64 {
-        self.total.blocks
+        self.total.blocks + self.cumulative.blocks
     }
 
     pub fn summary(&self, threshold_ns: u64, measured: &Measured) -> Summary {
@@ -154,6 +183,9 @@ impl Totals {
             total: self.total,
             routes: most_blocked_first(&self.routes),
             lines: most_blocked_first(&self.lines),
+            victims: most_blocked_first(&self.victims),
+            cumulative: self.cumulative,
+            excluded: self.excluded,
             threads,
         }
     }
@@ -177,12 +209,13 @@ impl Total {
     }
 }
 
+fn label_of(request: &RequestFacts) -> RouteLabel {
+    RouteLabel::Route { method: request.method.clone(), route: request.route.as_ref().unwrap_or(&request.path).clone() }
+}
+
 fn route_label(owner: &Owner) -> RouteLabel {
     match owner {
-        Owner::Request { request, .. } => RouteLabel::Route {
-            method: request.method.clone(),
-            route: request.route.as_ref().unwrap_or(&request.path).clone(),
-        },
+        Owner::Request { request, .. } => label_of(request),
         Owner::NoRequest { .. } => RouteLabel::NoRequest,
         Owner::Unknown(_) => RouteLabel::Unknown,
     }

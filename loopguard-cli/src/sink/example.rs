@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::core::event::*;
-use crate::core::incident::{Attribution, Blame, Incident, Ongoing, Split, WaitTotal};
+use crate::core::incident::{
+    Attribution, Blame, Cumulative, Incident, LineShare, Ongoing, OwnerShare, Split, Victims, WaitTotal,
+};
 use crate::core::summary::{LineLabel, Measured, RouteLabel, Summary, ThreadTotal, Total};
 
 const START_NS: u64 = 1_234_567_890;
@@ -21,13 +23,49 @@ pub fn block() -> Incident {
             WaitTotal { syscall: "futex".to_owned(), on: None, ns: 500_000 },
         ],
         blame: Blame { owner: request("/items/7", "abc-123"), attribution: Attribution::Exact, stack: stack() },
+        victims: None,
+        hint: None,
         cut_at_attach: false,
+    }
+}
+
+pub fn block_with_victims() -> Incident {
+    let named = |path: &str, id: &str| match request(path, id) {
+        Owner::Request { request, .. } => request,
+        Owner::NoRequest { .. } | Owner::Unknown(_) => unreachable!(),
+    };
+    let requests = (1..=5).map(|number| named(&format!("/items/{number}"), &format!("v-{number}"))).collect();
+    let victims = Victims { count: 5, delay_ns: 5 * 52_345_678, requests, unread: 2 };
+    let hint = Some("this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg");
+    Incident { victims: Some(victims), hint, ..block() }
+}
+
+pub fn cumulative() -> Cumulative {
+    let Incident { on, blame, .. } = block();
+    let share =
+        |owner: &Owner, ns, count| OwnerShare { owner: owner.clone(), attribution: Attribution::Exact, ns, count };
+    Cumulative {
+        on,
+        start_ns: START_NS,
+        end_ns: START_NS + 612_000_000,
+        window_ns: 1_000_000_000,
+        threshold_ns: 200_000_000,
+        total_ns: 300_000_000,
+        count: 20,
+        split: Split { on_cpu_ns: 10_000_000, waiting_ns: 285_000_000, gil_ns: 0, run_queue_ns: 5_000_000 },
+        owners: vec![share(&blame.owner, 240_000_000, 16), share(&request("/items/8", "abc-124"), 60_000_000, 4)],
+        lines: vec![
+            LineShare { stack: stack(), ns: 285_000_000, count: 19 },
+            LineShare { stack: library_stack(), ns: 15_000_000, count: 1 },
+        ],
+        hint: Some("this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg"),
+        blame,
     }
 }
 
 pub fn ongoing() -> Ongoing {
     let Incident { on, start_ns, threshold_ns, blame, .. } = block();
-    Ongoing { on, start_ns, now_ns: start_ns + 2_000_000_000, threshold_ns, blame }
+    Ongoing { on, start_ns, now_ns: start_ns + 2_000_000_000, threshold_ns, blame, hint: None }
 }
 
 /// Every string tries to be something else.
@@ -87,6 +125,9 @@ pub fn summary() -> Summary {
         total: total(12, 1240, 181),
         routes: vec![(route, total(10, 1100, 181)), (RouteLabel::NoRequest, total(2, 140, 75))],
         lines: vec![(line, total(11, 1180, 181)), (LineLabel::NoUserCode, total(1, 60, 60))],
+        victims: Vec::new(),
+        cumulative: Total::default(),
+        excluded: Total::default(),
         threads: vec![ThreadTotal { on: thread("uvicorn"), ticks: 48_211, total: total(12, 1240, 181) }],
     }
 }

@@ -7,8 +7,8 @@ use serde_json::ser::{CompactFormatter, Formatter, Serializer};
 
 use super::Sink;
 use super::escape::is_dangerous;
-use crate::core::event::{Frame, FrameKind, How, LoopInfo, RequestFacts, Runtime};
-use crate::core::incident::{Attribution, Blame, Incident, Ongoing, Update, Verdict, WaitTotal};
+use crate::core::event::{Frame, FrameKind, How, LoopInfo, Owner, RequestFacts, Runtime};
+use crate::core::incident::{Attribution, Blame, Cumulative, Incident, Ongoing, Update, Verdict, WaitTotal, user_line};
 use crate::core::summary::{Summary, ThreadTotal};
 
 pub struct JsonLines<W> {
@@ -35,6 +35,10 @@ impl<W: Write> Sink for JsonLines<W> {
         match update {
             Update::Block(incident) => self.line(&BlockObject::new(incident)),
             Update::Ongoing(ongoing) => self.line(&OngoingObject::new(ongoing)),
+            Update::Cumulative(block) => self.line(&CumulativeObject::new(block)),
+            Update::CumulativeOngoing(open) => self.line(&CumulativeOngoingObject::new(open)),
+            // Each block says which threshold held for it.
+            Update::Threshold(_) => Ok(()),
         }
     }
 
@@ -61,8 +65,81 @@ struct BlockObject<'a> {
     waits: Vec<WaitObject<'a>>,
     #[serde(flatten)]
     blame: BlameFields<'a>,
-    /// Not known yet.
+    /// How many requests it held up; null: nobody could look while it ran.
     victims: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    victim_delay_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    victim_requests: Option<Vec<RequestObject<'a>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    victims_unread: Option<u32>,
+    hint: Option<&'a str>,
+    stack: Vec<FrameObject<'a>>,
+}
+
+#[derive(Serialize)]
+struct CumulativeObject<'a> {
+    r#type: &'static str,
+    event: &'static str,
+    t_start_ns: u64,
+    t_end_ns: u64,
+    /// Of all its steps, as `total_ms`: from the first to the last is longer.
+    duration_ms: f64,
+    threshold_ms: f64,
+    window_ms: f64,
+    total_ms: f64,
+    count: u64,
+    #[serde(flatten)]
+    on: LoopFields<'a>,
+    on_cpu_ms: f64,
+    waiting_ms: f64,
+    gil_ms: f64,
+    run_queue_ms: f64,
+    verdict: Verdict,
+    waits: [(); 0],
+    attribution: Attribution,
+    how: How,
+    /// The main contributors.
+    requests: Vec<RequestObject<'a>>,
+    task: Option<&'a str>,
+    routes: Vec<RouteShareObject<'a>>,
+    lines: Vec<LineShareObject<'a>>,
+    victims: Option<u64>,
+    hint: Option<&'a str>,
+    stack: Vec<FrameObject<'a>>,
+}
+
+#[derive(Serialize)]
+struct RouteShareObject<'a> {
+    method: Option<&'a str>,
+    route: Option<&'a str>,
+    ms: f64,
+    share: f64,
+}
+
+#[derive(Serialize)]
+struct LineShareObject<'a> {
+    function: &'a str,
+    file: Option<&'a str>,
+    line: Option<u32>,
+    ms: f64,
+    share: f64,
+}
+
+#[derive(Serialize)]
+struct CumulativeOngoingObject<'a> {
+    r#type: &'static str,
+    event: &'static str,
+    t_start_ns: u64,
+    age_ms: f64,
+    threshold_ms: f64,
+    window_ms: f64,
+    total_ms: f64,
+    count: u64,
+    #[serde(flatten)]
+    on: LoopFields<'a>,
+    #[serde(flatten)]
+    blame: BlameFields<'a>,
     hint: Option<&'a str>,
     stack: Vec<FrameObject<'a>>,
 }
@@ -77,6 +154,7 @@ struct OngoingObject<'a> {
     on: LoopFields<'a>,
     #[serde(flatten)]
     blame: BlameFields<'a>,
+    hint: Option<&'a str>,
     stack: Vec<FrameObject<'a>>,
 }
 
@@ -165,8 +243,13 @@ impl<'a> BlockObject<'a> {
             verdict: incident.verdict(),
             waits: incident.waits.iter().map(WaitObject::new).collect(),
             blame: BlameFields::new(&incident.blame, incident.duration_ns()),
-            victims: None,
-            hint: None,
+            victims: incident.victims.as_ref().map(|victims| victims.count),
+            victim_delay_ms: incident.victims.as_ref().map(|victims| ms(victims.delay_ns)),
+            victim_requests: incident.victims.as_ref().map(|victims| {
+                victims.requests.iter().map(|victim| RequestObject::new(victim, incident.duration_ns())).collect()
+            }),
+            victims_unread: incident.victims.as_ref().map(|victims| victims.unread).filter(|unread| *unread > 0),
+            hint: incident.hint,
             stack: stack(&incident.blame),
         }
     }
@@ -181,7 +264,81 @@ impl<'a> OngoingObject<'a> {
             threshold_ms: ms(ongoing.threshold_ns),
             on: LoopFields::new(&ongoing.on),
             blame: BlameFields::new(&ongoing.blame, ongoing.age_ns()),
+            hint: ongoing.hint,
             stack: stack(&ongoing.blame),
+        }
+    }
+}
+
+impl<'a> CumulativeObject<'a> {
+    fn new(block: &'a Cumulative) -> Self {
+        let (split, total) = (&block.split, block.total_ns);
+        let requests = block.owners.iter().filter_map(|share| match &share.owner {
+            Owner::Request { request, .. } => Some(RequestObject::new(request, share.ns)),
+            Owner::NoRequest { .. } | Owner::Unknown(_) => None,
+        });
+        let mut routes: Vec<RouteShareObject> = Vec::new();
+        for share in &block.owners {
+            let Owner::Request { request, .. } = &share.owner else { continue };
+            let (method, route) = (request.method.as_deref(), request.route.as_deref());
+            match routes.iter_mut().find(|known| known.method == method && known.route == route) {
+                Some(known) => known.ms += ms(share.ns),
+                None => routes.push(RouteShareObject { method, route, ms: ms(share.ns), share: 0.0 }),
+            }
+        }
+        routes.iter_mut().for_each(|route| route.share = share(route.ms, ms(total)));
+        let lines = block.lines.iter().filter_map(|line| {
+            let frame = user_line(&line.stack).map(|at| at.frame).or_else(|| Some(&**line.stack.frames.first()?))?;
+            let (file, line_number) = (frame.file.as_deref(), frame.line);
+            let ms_of_line = ms(line.ns);
+            let share = share(ms_of_line, ms(total));
+            Some(LineShareObject { function: &frame.function, file, line: line_number, ms: ms_of_line, share })
+        });
+        Self {
+            r#type: "block",
+            event: "cumulative",
+            t_start_ns: block.start_ns,
+            t_end_ns: block.end_ns,
+            duration_ms: ms(total),
+            threshold_ms: ms(block.threshold_ns),
+            window_ms: ms(block.window_ns),
+            total_ms: ms(total),
+            count: block.count,
+            on: LoopFields::new(&block.on),
+            on_cpu_ms: ms(split.on_cpu_ns),
+            waiting_ms: ms(split.waiting_ns),
+            gil_ms: ms(split.gil_ns),
+            run_queue_ms: ms(split.run_queue_ns),
+            verdict: block.verdict(),
+            waits: [],
+            attribution: block.blame.attribution,
+            how: block.blame.how(),
+            requests: requests.collect(),
+            task: block.blame.task(),
+            routes,
+            lines: lines.collect(),
+            victims: None,
+            hint: block.hint,
+            stack: stack(&block.blame),
+        }
+    }
+}
+
+impl<'a> CumulativeOngoingObject<'a> {
+    fn new(open: &'a Cumulative) -> Self {
+        Self {
+            r#type: "ongoing",
+            event: "cumulative",
+            t_start_ns: open.start_ns,
+            age_ms: ms(open.end_ns.saturating_sub(open.start_ns)),
+            threshold_ms: ms(open.threshold_ns),
+            window_ms: ms(open.window_ns),
+            total_ms: ms(open.total_ns),
+            count: open.count,
+            on: LoopFields::new(&open.on),
+            blame: BlameFields::new(&open.blame, open.total_ns),
+            hint: open.hint,
+            stack: stack(&open.blame),
         }
     }
 }
@@ -265,6 +422,11 @@ impl<'a> ThreadObject<'a> {
 
 fn stack(blame: &Blame) -> Vec<FrameObject<'_>> {
     blame.stack.frames.iter().map(|frame| FrameObject::new(frame)).collect()
+}
+
+/// A part of a whole, with three decimals.
+fn share(part: f64, whole: f64) -> f64 {
+    if whole > 0.0 { (part / whole * 1e3).round() / 1e3 } else { 0.0 }
 }
 
 /// Milliseconds with three decimals.
@@ -358,7 +520,61 @@ mod tests {
         "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop",
         "attribution":"exact","how":"asgi-frame",
         "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":2000.0}],
-        "task":null,
+        "task":null,"hint":null,
+        "stack":[
+          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null},
+          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228},
+          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41},
+          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12},
+          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88}]}
+        "#);
+    }
+
+    #[test]
+    fn a_block_with_victims_and_a_hint() {
+        let object: serde_json::Value =
+            serde_json::from_str(&shown(Update::Block(example::block_with_victims()))).unwrap();
+        insta::assert_snapshot!(
+            ["victims", "victim_delay_ms", "victim_requests", "victims_unread", "hint"]
+                .map(|field| format!("{field}: {}", object[field]))
+                .join("\n"),
+            @r#"
+            victims: 5
+            victim_delay_ms: 261.728
+            victim_requests: [{"client":"10.0.0.9:41022","id":"v-1","method":"GET","ms":52.346,"path":"/items/1","route":"/items/{id}","trace_id":null},{"client":"10.0.0.9:41022","id":"v-2","method":"GET","ms":52.346,"path":"/items/2","route":"/items/{id}","trace_id":null},{"client":"10.0.0.9:41022","id":"v-3","method":"GET","ms":52.346,"path":"/items/3","route":"/items/{id}","trace_id":null},{"client":"10.0.0.9:41022","id":"v-4","method":"GET","ms":52.346,"path":"/items/4","route":"/items/{id}","trace_id":null},{"client":"10.0.0.9:41022","id":"v-5","method":"GET","ms":52.346,"path":"/items/5","route":"/items/{id}","trace_id":null}]
+            victims_unread: 2
+            hint: "this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg"
+            "#
+        );
+    }
+
+    #[test]
+    fn a_cumulative_block() {
+        insta::assert_snapshot!(by_field(&shown(Update::Cumulative(example::cumulative()))), @r#"
+        {"type":"block","event":"cumulative","t_start_ns":1234567890,"t_end_ns":1846567890,"duration_ms":300.0,"threshold_ms":200.0,"window_ms":1000.0,"total_ms":300.0,"count":20,
+        "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop",
+        "on_cpu_ms":10.0,"waiting_ms":285.0,"gil_ms":0.0,"run_queue_ms":5.0,"verdict":"code",
+        "waits":[],
+        "attribution":"exact","how":"asgi-frame",
+        "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":240.0},{"id":"abc-124","method":"GET","path":"/items/8","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":60.0}],
+        "task":null,"routes":[{"method":"GET","route":"/items/{id}","ms":300.0,"share":1.0}],"lines":[{"function":"Store.load","file":"/srv/shop/store.py","line":41,"ms":285.0,"share":0.95},{"function":"dumps","file":"/venv/lib/python3.12/site-packages/orjson/core.py","line":5,"ms":15.0,"share":0.05}],"victims":null,"hint":"this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg",
+        "stack":[
+          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null},
+          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228},
+          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41},
+          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12},
+          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88}]}
+        "#);
+    }
+
+    #[test]
+    fn a_cumulative_block_that_goes_on() {
+        insta::assert_snapshot!(by_field(&shown(Update::CumulativeOngoing(example::cumulative()))), @r#"
+        {"type":"ongoing","event":"cumulative","t_start_ns":1234567890,"age_ms":612.0,"threshold_ms":200.0,"window_ms":1000.0,"total_ms":300.0,"count":20,
+        "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop",
+        "attribution":"exact","how":"asgi-frame",
+        "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":300.0}],
+        "task":null,"hint":"this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg",
         "stack":[
           {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null},
           {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228},

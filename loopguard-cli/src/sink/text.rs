@@ -8,12 +8,17 @@ use std::time::Duration;
 use super::Sink;
 use super::escape::{printable, word};
 use crate::core::event::{Frame, LoopInfo, Origin, Owner, RequestFacts};
-use crate::core::incident::{Attribution, Blame, Incident, Ongoing, Split, Update, Verdict, WaitTotal};
+use crate::core::incident::{
+    Attribution, Blame, Cumulative, Incident, LineShare, Ongoing, OwnerShare, Split, ThresholdChange, Update, Verdict,
+    Victims, WaitTotal, user_line,
+};
 use crate::core::summary::{LineLabel, RouteLabel, Summary, ThreadTotal, Total};
 
 /// Rows of a table in the summary, waits of a block.
 const MAX_ROWS: usize = 10;
 const MAX_WAITS: usize = 3;
+/// Requests of a block besides its own.
+const MAX_VICTIMS: usize = 3;
 /// A shorter wait explains no block.
 const MIN_WAIT_NS: u64 = 100_000;
 /// What is left of a path outside the current directory.
@@ -68,6 +73,9 @@ impl<W: Write> Sink for Text<W> {
         let text = match update {
             Update::Block(incident) => self.look.block(incident),
             Update::Ongoing(ongoing) => self.look.ongoing(ongoing),
+            Update::Cumulative(block) => self.look.cumulative(block),
+            Update::CumulativeOngoing(open) => self.look.cumulative_ongoing(open),
+            Update::Threshold(change) => self.look.threshold(change),
         };
         self.out.write_all(text.as_bytes())?;
         self.out.flush()
@@ -90,14 +98,85 @@ impl Look {
         text += &self.dim(format_args!("  [{}]", thread(&incident.on)));
         text.push('\n');
         text += &waits(&incident.waits);
+        text += &incident.victims.as_ref().map(|victims| self.victims(victims)).unwrap_or_default();
+        text += &self.hint(incident.hint);
         text
+    }
+
+    fn victims(&self, victims: &Victims) -> String {
+        let unread = match victims.unread {
+            0 => String::new(),
+            unread => format!("; {unread} tasks could not be read"),
+        };
+        match victims.count {
+            0 if unread.is_empty() => String::new(),
+            0 => format!("    held up nobody that could be seen{unread}\n"),
+            count => {
+                let shown: Vec<String> = victims.requests.iter().take(MAX_VICTIMS).map(|it| short_name(it)).collect();
+                let more = if count > MAX_VICTIMS as u64 { ", ..." } else { "" };
+                let what = if count == 1 { "request" } else { "requests" };
+                format!("    held up {count} {what}: {}{more}{unread}\n", shown.join(", "))
+            }
+        }
+    }
+
+    fn hint(&self, hint: Option<&str>) -> String {
+        hint.map(|hint| format!("    hint: {hint}\n")).unwrap_or_default()
+    }
+
+    fn cumulative(&self, block: &Cumulative) -> String {
+        let time = self.times.show(block.start_ns);
+        let within = span(block.end_ns.saturating_sub(block.start_ns));
+        let sum = self.bold(format_args!("{} in {} short steps", span(block.total_ns), block.count));
+        let mut text = format!("{time}  {sum} within {within}  {}\n", self.cumulative_owner(block));
+        text += &self.place(&block.blame);
+        text += &format!("    {}: {}", verdict(block.verdict()), parts(&block.split));
+        text += &self.dim(format_args!("  [{}]", thread(&block.on)));
+        text.push('\n');
+        if block.owners.len() > 1 {
+            let share = |share: &OwnerShare| format!("{} {}", span(share.ns), owner_name(&share.owner));
+            let shown: Vec<String> = block.owners.iter().take(MAX_VICTIMS).map(share).collect();
+            let more = if block.owners.len() > MAX_VICTIMS { ", ..." } else { "" };
+            text += &format!("    in all {}{more}\n", shown.join(", "));
+        }
+        if block.lines.len() > 1 {
+            let share = |share: &LineShare| {
+                let line = user_line(&share.stack).map(|at| at.frame).or(share.stack.frames.first().map(|it| &**it));
+                let line = line.map_or_else(|| "line unknown".to_owned(), |frame| self.frame(frame));
+                format!("{} {line}", span(share.ns))
+            };
+            let shown: Vec<String> = block.lines.iter().take(MAX_WAITS).map(share).collect();
+            text += &format!("    by line {}\n", shown.join(", "));
+        }
+        text + &self.hint(block.hint)
+    }
+
+    fn cumulative_ongoing(&self, open: &Cumulative) -> String {
+        let time = self.times.show(open.end_ns);
+        let sum = self.bold(format_args!("so far {} in {} short steps", span(open.total_ns), open.count));
+        let thread = self.dim(format_args!("  [{}]", thread(&open.on)));
+        format!("{time}  {sum}  {}{thread}\n{}", self.cumulative_owner(open), self.place(&open.blame))
+    }
+
+    fn cumulative_owner(&self, block: &Cumulative) -> String {
+        match block.owners.len() {
+            0 | 1 => self.owner(&block.blame),
+            several => format!("{several} owners, most of it {}", self.owner(&block.blame)),
+        }
+    }
+
+    fn threshold(&self, change: &ThresholdChange) -> String {
+        let thread = thread(&change.on);
+        let text = format!("threshold now {}  [{thread}]", span(change.threshold_ns));
+        self.dim(format_args!("{text}")) + "\n"
     }
 
     fn ongoing(&self, ongoing: &Ongoing) -> String {
         let time = self.times.show(ongoing.now_ns);
         let age = self.bold(format_args!("still blocked after {}", span(ongoing.age_ns())));
         let thread = self.dim(format_args!("  [{}]", thread(&ongoing.on)));
-        format!("{time}  {age}  {}{thread}\n{}", self.owner(&ongoing.blame), self.place(&ongoing.blame))
+        let (owner, place) = (self.owner(&ongoing.blame), self.place(&ongoing.blame));
+        format!("{time}  {age}  {owner}{thread}\n{place}{}", self.hint(ongoing.hint))
     }
 
     fn owner(&self, blame: &Blame) -> String {
@@ -180,13 +259,26 @@ impl Look {
         };
         let headline = self.bold(format_args!("{verdict} of {} or longer", span(summary.threshold_ns)));
         let in_all = if blocks > 0 { format!(", {} in all", span(blocked_ns)) } else { String::new() };
-        let mut text = format!("\nWatched for {watched}, {} ticks: {headline}{in_all}\n", summary.ticks());
+        let cumulative = match summary.cumulative.blocks {
+            0 => String::new(),
+            1 => format!("; 1 cumulative block of {}", span(summary.cumulative.blocked_ns)),
+            more => format!("; {more} cumulative blocks, {} in all", span(summary.cumulative.blocked_ns)),
+        };
+        let mut text = format!("\nWatched for {watched}, {} ticks: {headline}{in_all}{cumulative}\n", summary.ticks());
         if blocks > 0 {
             text += &self.table("by route", &summary.routes, route);
             text += &self.table("by line", &summary.lines, |label| self.line(label));
         }
+        if !summary.victims.is_empty() {
+            let head = format_args!("{:>8}  {:>10}  {:>10}  who was held up", "times", "at most", "longest");
+            text += &self.rows(&self.dim(head), &summary.victims, route);
+        }
         let threads: Vec<_> = summary.threads.iter().map(|thread| (thread, thread.total)).collect();
         text += &self.table("by thread", &threads, |counted| thread_total(counted));
+        if summary.excluded.blocks > 0 {
+            let Total { blocks, blocked_ns, .. } = summary.excluded;
+            text += &format!("  not told, as their routes are excluded: {blocks} blocks, {}\n", span(blocked_ns));
+        }
         text += &format!(
             "  lost records: {}, frames without a name: {}, CPU time of loopguard: {}\n",
             measured.lost_records,
@@ -198,7 +290,11 @@ impl Look {
 
     fn table<L>(&self, title: &str, rows: &[(L, Total)], name: impl Fn(&L) -> String) -> String {
         let head = format_args!("{:>8}  {:>10}  {:>10}  {title}", "blocks", "blocked", "longest");
-        let mut text = self.dim(head) + "\n";
+        self.rows(&self.dim(head), rows, name)
+    }
+
+    fn rows<L>(&self, head: &str, rows: &[(L, Total)], name: impl Fn(&L) -> String) -> String {
+        let mut text = head.to_owned() + "\n";
         for (label, total) in rows.iter().take(MAX_ROWS) {
             let (blocked, longest) = (span(total.blocked_ns), span(total.longest_ns));
             text += &format!("{:>8}  {blocked:>10}  {longest:>10}  {}\n", total.blocks, name(label));
@@ -339,6 +435,19 @@ fn route(label: &RouteLabel) -> String {
     }
 }
 
+fn short_name(request: &RequestFacts) -> String {
+    format!("{} {}", word(request.method.as_deref().unwrap_or("?")), word(&request.path))
+}
+
+fn owner_name(owner: &Owner) -> String {
+    match owner {
+        Owner::Request { request, .. } => short_name(request),
+        Owner::NoRequest { task: Some(task) } => format!("task {}", printable(task)),
+        Owner::NoRequest { task: None } => "(no request)".to_owned(),
+        Owner::Unknown(_) => "(request unknown)".to_owned(),
+    }
+}
+
 /// A file relative to the current directory, or its last few components.
 fn shortened(file: &str, current_dir: Option<&Path>) -> String {
     let below = current_dir.and_then(|dir| Path::new(file).strip_prefix(dir).ok()).and_then(Path::to_str);
@@ -438,6 +547,37 @@ mod tests {
     }
 
     #[test]
+    fn a_block_with_victims_and_a_hint() {
+        insta::assert_snapshot!(shown(look(), Update::Block(example::block_with_victims())), @r"
+        |+1.235s  52.3 ms  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022
+        |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
+        |    from api/items.py:12 read_item
+        |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
+        |    waited 49.9 ms in recvfrom on 127.0.0.1:5432, 0.50 ms in futex
+        |    held up 5 requests: GET /items/1, GET /items/2, GET /items/3, ...; 2 tasks could not be read
+        |    hint: this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg
+        ");
+    }
+
+    #[test]
+    fn a_cumulative_block() {
+        insta::assert_snapshot!(shown(look(), Update::Cumulative(example::cumulative())), @r"
+        |+1.235s  300 ms in 20 short steps within 612 ms  2 owners, most of it GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022
+        |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
+        |    from api/items.py:12 read_item
+        |    code: 10 ms on CPU, 285 ms waiting, 5 ms for a CPU  [uvicorn 1235]
+        |    in all 240 ms GET /items/7, 60 ms GET /items/8
+        |    by line 285 ms store.py:41 Store.load, 15 ms site-packages/orjson/core.py:5 dumps
+        |    hint: this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg
+        ");
+        insta::assert_snapshot!(shown(look(), Update::CumulativeOngoing(example::cumulative())), @r"
+        |+1.847s  so far 300 ms in 20 short steps  2 owners, most of it GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022  [uvicorn 1235]
+        |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
+        |    from api/items.py:12 read_item
+        ");
+    }
+
+    #[test]
     fn a_block_that_goes_on() {
         insta::assert_snapshot!(shown(look(), Update::Ongoing(example::ongoing())), @r"
         |+3.235s  still blocked after 2.00 s  GET /items/7 (route /items/{id}) id=abc-123 client 10.0.0.9:41022  [uvicorn 1235]
@@ -474,6 +614,36 @@ mod tests {
         |      12      1.24 s      181 ms  uvicorn 1235 (pid 1234, uvloop), 48211 ticks
         |  lost records: 0, frames without a name: 2, CPU time of loopguard: 210 ms
         ");
+    }
+
+    #[test]
+    fn a_summary_with_everything() {
+        let total = |blocks, blocked_ns| Total { blocks, blocked_ns, longest_ns: blocked_ns };
+        let route = RouteLabel::Route { method: Some("GET".to_owned()), route: "/orders".to_owned() };
+        insta::assert_snapshot!(
+            summed_up(&Summary {
+                victims: vec![(route, total(7, 400_000_000))],
+                cumulative: total(2, 500_000_000),
+                excluded: total(3, 180_000_000),
+                ..example::summary()
+            }),
+            @r"
+            |
+            |Watched for 30.0 s, 48211 ticks: 12 blocks of 50 ms or longer, 1.24 s in all; 2 cumulative blocks, 500 ms in all
+            |  blocks     blocked     longest  by route
+            |      10      1.10 s      181 ms  GET /items/{id}
+            |       2      140 ms       75 ms  (no request)
+            |  blocks     blocked     longest  by line
+            |      11      1.18 s      181 ms  store.py:41 Store.load, calling wait
+            |       1       60 ms       60 ms  (no user code on the stack)
+            |   times     at most     longest  who was held up
+            |       7      400 ms      400 ms  GET /orders
+            |  blocks     blocked     longest  by thread
+            |      12      1.24 s      181 ms  uvicorn 1235 (pid 1234, uvloop), 48211 ticks
+            |  not told, as their routes are excluded: 3 blocks, 180 ms
+            |  lost records: 0, frames without a name: 2, CPU time of loopguard: 210 ms
+            "
+        );
     }
 
     #[test]
