@@ -10,7 +10,10 @@ use anyhow::Result;
 
 use crate::{
     args,
-    runtime::cpython::{self, Interpreter, NotUsable, StepProbe},
+    runtime::{
+        cpython::{self, Interpreter, NotUsable, StepProbe},
+        tokio::{self, Tokio},
+    },
     sink::escape::{plain, printable},
     source::{btf, kernel, process, target},
 };
@@ -125,11 +128,19 @@ fn look_at_target(pid: u32, findings: &mut Findings) {
     }
     match cpython::find(pid) {
         Ok(interpreter) => look_at_python(pid, &interpreter, findings),
-        Err(NotUsable::NotPython) => findings.add(
-            Level::Limited,
-            "runtime",
-            "no CPython in this process: blocks of its epoll loops are found, without requests and Python lines",
-        ),
+        Err(NotUsable::NotPython) => match tokio::find(pid) {
+            Ok(tokio) => look_at_tokio(&tokio, findings),
+            Err(tokio::NotUsable::NotTokio) => findings.add(
+                Level::Limited,
+                "runtime",
+                "no CPython and no tokio in this process: blocks of its epoll loops are found, without requests and lines",
+            ),
+            Err(error) => findings.add(
+                Level::Limited,
+                "runtime",
+                format!("{error}; blocks of its epoll loops are found, without requests"),
+            ),
+        },
         Err(error) => findings.add(
             Level::Limited,
             "runtime",
@@ -165,6 +176,38 @@ fn look_at_python(pid: u32, interpreter: &Interpreter, findings: &mut Findings) 
             ),
         }
     }
+}
+
+fn look_at_tokio(tokio: &Tokio, findings: &mut Findings) {
+    let version = tokio.version.as_deref().unwrap_or("of unknown version");
+    findings.add(Level::Fine, "runtime", format!("tokio {version}"));
+    let polls = tokio.polls();
+    findings.add(
+        Level::Fine,
+        "steps",
+        format!(
+            "polls of {} type(s) of tasks are exact, by probes on `{}` and the like; {} type(s) of the blocking pool are left out",
+            polls.len(),
+            polls.first().map_or("", |poll| &poll.site.instruction),
+            tokio.blocking().len(),
+        ),
+    );
+    for unmarked in &tokio.unmarked {
+        findings.add(Level::Limited, "steps", format!("polls without probes: {unmarked}"));
+    }
+    findings.add(
+        Level::Fine,
+        "tasks",
+        match tokio.named_tasks() {
+            0 => "no symbols: tasks are shown by their number and the address of their poll function".to_owned(),
+            named => format!("{named} type(s) of tasks have a name"),
+        },
+    );
+    findings.add(
+        Level::Limited,
+        "requests",
+        "HTTP/1 in clear by what the connection's task reads; TLS and HTTP/2 need the probes of loopguard-emit",
+    );
 }
 
 fn first_line(text: &str) -> String {

@@ -204,6 +204,17 @@ impl Image {
     }
 
     fn search(&self, table: SymbolTable, names: &[&str], found: &mut [Option<Symbol>]) {
+        self.each_symbol(table, |name, symbol| {
+            for (wanted, slot) in names.iter().zip(found.iter_mut()) {
+                if slot.is_none() && name == wanted.as_bytes() {
+                    *slot = Some(symbol);
+                }
+            }
+        });
+    }
+
+    /// Calls `see` with the name, as it stands in the file, of every symbol that the file defines.
+    pub fn each_symbol(&self, table: SymbolTable, mut see: impl FnMut(&[u8], Symbol)) {
         let kind = match table {
             SymbolTable::Dynamic => elf::SHT_DYNSYM,
             SymbolTable::Full => elf::SHT_SYMTAB,
@@ -221,16 +232,8 @@ impl Image {
             if !defined || at == 0 {
                 continue;
             }
-            let Some(rest) = strings.get(at..) else { continue };
-            for (name, slot) in names.iter().zip(found.iter_mut()) {
-                if slot.is_none() && rest.starts_with(name.as_bytes()) && rest.get(name.len()) == Some(&0) {
-                    *slot = Some(Symbol {
-                        address: symbol.st_value(endian).wrapping_add(self.bias),
-                        size: symbol.st_size(endian),
-                        table,
-                    });
-                }
-            }
+            let address = symbol.st_value(endian).wrapping_add(self.bias);
+            see(text_at(&strings, at), Symbol { address, size: symbol.st_size(endian), table });
         }
     }
 

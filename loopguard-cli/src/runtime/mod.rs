@@ -4,3 +4,4 @@ pub mod cpython;
 pub mod elf;
 pub mod memory;
 pub mod probe_site;
+pub mod tokio;

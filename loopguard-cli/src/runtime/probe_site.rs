@@ -53,29 +53,8 @@ pub fn function_starts(image: &Image) -> Option<Vec<u64>> {
 pub fn entry_block_site(code: &[u8], entry: u64) -> Result<(u64, String), String> {
     use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
 
-    let mut site: Option<(u64, Emulated)> = None;
-    let mut decoder = Decoder::with_ip(64, code, entry, DecoderOptions::NONE);
     let mut instruction = Instruction::default();
-    while decoder.can_decode() {
-        decoder.decode_out(&mut instruction);
-        if instruction.is_invalid() {
-            break;
-        }
-        let at = instruction.ip().wrapping_sub(entry);
-        let bytes = code.get(at as usize..at as usize + instruction.len()).unwrap_or_default();
-        match (emulated(bytes), &site) {
-            (Some(Emulated::LongNop), None) => site = Some((at, Emulated::LongNop)),
-            (Some(kind), _) if kind != Emulated::LongNop => {
-                site = Some((at, kind));
-                break;
-            }
-            _ => {}
-        }
-        if instruction.flow_control() != FlowControl::Next {
-            break;
-        }
-    }
-    let Some((site, kind)) = site else {
+    let Some((site, kind)) = first_emulated(code, entry) else {
         return Err("its entry block has no instruction that the kernel emulates".to_owned());
     };
     // A loop back to here would be counted as another call.
@@ -99,6 +78,166 @@ pub fn entry_block_site(code: &[u8], entry: u64) -> Result<(u64, String), String
         }
     }
     Ok((site, kind.name().to_owned()))
+}
+
+/// How far behind address `at`, where `code` is, to probe what runs whenever `at` does. Other code may come by there as
+/// well: whoever places the probe must be able to tell.
+#[cfg(target_arch = "x86_64")]
+pub fn straight_line_site(code: &[u8], at: u64) -> Result<(u64, String), String> {
+    match first_emulated(code, at) {
+        Some((site, kind)) => Ok((site, kind.name().to_owned())),
+        None => Err("no instruction that the kernel emulates follows".to_owned()),
+    }
+}
+
+/// The first instruction of the straight line from `at` on that the kernel emulates.
+#[cfg(target_arch = "x86_64")]
+fn first_emulated(code: &[u8], at: u64) -> Option<(u64, Emulated)> {
+    use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
+
+    let mut long_nop = None;
+    let mut decoder = Decoder::with_ip(64, code, at, DecoderOptions::NONE);
+    let mut instruction = Instruction::default();
+    while decoder.can_decode() {
+        decoder.decode_out(&mut instruction);
+        if instruction.is_invalid() {
+            break;
+        }
+        let distance = instruction.ip().wrapping_sub(at);
+        let bytes = code.get(distance as usize..distance as usize + instruction.len()).unwrap_or_default();
+        match emulated(bytes) {
+            Some(Emulated::LongNop) => long_nop = long_nop.or(Some((distance, Emulated::LongNop))),
+            Some(kind) => return Some((distance, kind)),
+            None => {}
+        }
+        if instruction.flow_control() != FlowControl::Next {
+            break;
+        }
+    }
+    long_nop
+}
+
+/// What a stretch of straight-line code does to the registers that a probe behind it looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moved {
+    /// How far the stack pointer is below where it was, in bytes; negative: above.
+    pub stack_down: i64,
+    /// `rdi` still holds what it did.
+    pub keeps_first_argument: bool,
+}
+
+/// What the first `length` bytes of `code` do; `None` when the stack pointer can't be followed.
+#[cfg(target_arch = "x86_64")]
+pub fn moved(code: &[u8], length: u64) -> Option<Moved> {
+    use iced_x86::{Code, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess, Register};
+
+    let mut moved = Moved { stack_down: 0, keeps_first_argument: true };
+    let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
+    let mut instruction = Instruction::default();
+    let mut factory = InstructionInfoFactory::new();
+    while decoder.can_decode() && decoder.ip() < length {
+        decoder.decode_out(&mut instruction);
+        let written: Vec<Register> = factory
+            .info(&instruction)
+            .used_registers()
+            .iter()
+            .filter(|used| !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess))
+            .map(|used| used.register().full_register())
+            .collect();
+        moved.keeps_first_argument &= !written.contains(&Register::RDI);
+        if !written.contains(&Register::RSP) {
+            continue;
+        }
+        moved.stack_down += match instruction.code() {
+            Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 => instruction.immediate(1) as i64,
+            Code::Add_rm64_imm8 | Code::Add_rm64_imm32 => -(instruction.immediate(1) as i64),
+            Code::Push_r64 => 8,
+            Code::Pop_r64 => -8,
+            _ => return None,
+        };
+    }
+    Some(moved)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub fn straight_line_site(_code: &[u8], _at: u64) -> Result<(u64, String), String> {
+    Err("probes are placed on x86_64 only so far".to_owned())
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub fn moved(_code: &[u8], _length: u64) -> Option<Moved> {
+    None
+}
+
+/// Whether a function never comes back: a straight line that ends in a call or a trap. `code` starts at `entry` and
+/// must end with the function; `jump` is where it goes on elsewhere, if that is all it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Returns,
+    Diverges,
+    /// A jump to a function at this address.
+    Jumps(u64),
+    /// A jump to the function whose address stands at this one.
+    JumpsThrough(u64),
+}
+
+#[cfg(target_arch = "x86_64")]
+pub fn ending(code: &[u8], entry: u64) -> Ending {
+    use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+
+    let mut decoder = Decoder::with_ip(64, code, entry, DecoderOptions::NONE);
+    let mut instruction = Instruction::default();
+    let mut last = Ending::Returns;
+    while decoder.can_decode() {
+        decoder.decode_out(&mut instruction);
+        if instruction.is_invalid() {
+            return Ending::Returns;
+        }
+        let inside = |target: u64| (entry..entry + code.len() as u64).contains(&target);
+        match instruction.flow_control() {
+            // What fills the gap to the next function.
+            FlowControl::Interrupt if instruction.mnemonic() == Mnemonic::Int3 => break,
+            FlowControl::Call | FlowControl::IndirectCall | FlowControl::Exception => last = Ending::Diverges,
+            FlowControl::Next if matches!(instruction.mnemonic(), Mnemonic::Nop) => {}
+            FlowControl::Next => last = Ending::Returns,
+            FlowControl::UnconditionalBranch if !inside(instruction.near_branch_target()) => {
+                return Ending::Jumps(instruction.near_branch_target());
+            }
+            FlowControl::IndirectBranch if instruction.is_ip_rel_memory_operand() => {
+                return Ending::JumpsThrough(instruction.ip_rel_memory_address());
+            }
+            _ => return Ending::Returns,
+        }
+    }
+    last
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub fn ending(_code: &[u8], _entry: u64) -> Ending {
+    Ending::Returns
+}
+
+/// The functions that the function `code` at `entry` calls or jumps to by their addresses.
+#[cfg(target_arch = "x86_64")]
+pub fn callees(code: &[u8], entry: u64) -> Vec<u64> {
+    use iced_x86::{Decoder, DecoderOptions, FlowControl};
+
+    Decoder::with_ip(64, code, entry, DecoderOptions::NONE)
+        .iter()
+        .filter(|instruction| {
+            matches!(
+                instruction.flow_control(),
+                FlowControl::Call | FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
+            )
+        })
+        .map(|instruction| instruction.near_branch_target())
+        .filter(|&target| target != 0 && !(entry..entry + code.len() as u64).contains(&target))
+        .collect()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub fn callees(_code: &[u8], _entry: u64) -> Vec<u64> {
+    Vec::new()
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -203,9 +342,48 @@ mod tests {
         check(&[0x53, 0x85, 0xd2, 0x74, 2, 0xeb, 0xf9, 0xc3], Err("own start"));
     }
 
+    #[test]
+    fn what_code_in_front_of_a_probe_does() {
+        let moves = |code: &[u8]| moved(code, code.len() as u64);
+        let done = |stack_down, keeps_first_argument| Some(Moved { stack_down, keeps_first_argument });
+        assert_eq!(moves(&[]), done(0, true));
+        assert_eq!(moves(&[0x53, 0x41, 0x56, 0x48, 0x83, 0xec, 0x18]), done(40, true));
+        assert_eq!(moves(&[0x48, 0x83, 0xc4, 0x10, 0x5b]), done(-24, true));
+        // mov edi, 1; mov rax, [rdi+16]
+        assert_eq!(moves(&[0xbf, 1, 0, 0, 0]), done(0, false));
+        assert_eq!(moves(&[0x48, 0x8b, 0x47, 0x10]), done(0, true));
+        // and rsp, -32
+        assert_eq!(moves(&[0x48, 0x83, 0xe4, 0xe0]), None);
+    }
+
+    #[test]
+    fn behind_a_call() {
+        // cmp qword [r15+8], 0; jne +0xb8
+        assert_eq!(
+            straight_line_site(&[0x49, 0x83, 0x7f, 0x08, 0, 0x0f, 0x85, 0xb8, 0, 0, 0], 0x4000),
+            Ok((5, "jump".to_owned()))
+        );
+        assert!(straight_line_site(&RET, 0x4000).is_err());
+    }
+
+    #[test]
+    fn how_functions_end() {
+        // push rax; lea rdi, [rip]; call; int3
+        let panics = [0x50, 0x48, 0x8d, 0x3d, 0, 0, 0, 0, 0xff, 0x15, 1, 0, 0, 0, 0xcc, 0xcc];
+        assert_eq!(ending(&panics, 0x4000), Ending::Diverges);
+        assert_eq!(ending(&[0xe8, 0, 0, 0, 0, 0x0f, 0x0b], 0x4000), Ending::Diverges);
+        assert_eq!(ending(&[0xe8, 0, 0, 0, 0, 0x58, 0xc3], 0x4000), Ending::Returns);
+        assert_eq!(ending(&[0x90, 0xe9, 0xfa, 0xff, 0, 0], 0x4000), Ending::Jumps(0x1_4000));
+        assert_eq!(ending(&[0xff, 0x25, 0x10, 0, 0, 0], 0x4000), Ending::JumpsThrough(0x4016));
+        assert_eq!(ending(&[0x85, 0xd2, 0x74, 0, 0xe8, 0, 0, 0, 0], 0x4000), Ending::Returns);
+        assert_eq!(ending(&[], 0x4000), Ending::Returns);
+        assert_eq!(callees(&[0xe8, 0xfb, 0x0f, 0, 0, 0xc3], 0x4000), [0x5000]);
+    }
+
     proptest! {
         #[test]
         fn any_code_is_harmless(code in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = (moved(&code, 300), ending(&code, u64::MAX / 2), callees(&code, 1), straight_line_site(&code, 7));
             if let Ok((offset, _)) = entry_block_site(&code, u64::MAX - 100) {
                 prop_assert!((offset as usize) < code.len());
             }
