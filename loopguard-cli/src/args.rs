@@ -57,6 +57,10 @@ pub struct Attach {
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
 
+    /// How much of the native stack is copied for each look into a block, 4KiB to 64KiB
+    #[arg(long, value_name = "SIZE", default_value = "32KiB", value_parser = stack_size)]
+    pub stack_size: usize,
+
     /// Exit with 1 when a block was found
     #[arg(long)]
     pub fail_on_blocking: bool,
@@ -124,6 +128,15 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Whole KiB, in bytes.
+fn stack_size(text: &str) -> Result<usize, String> {
+    let number = text.strip_suffix("KiB").ok_or("a size is a number and KiB, like 32KiB")?;
+    match number.trim().parse() {
+        Ok(kib @ 4..=64) => Ok(kib << 10),
+        _ => Err("a stack size is between 4KiB and 64KiB".to_owned()),
+    }
+}
+
 /// A number, with decimals or without, and its unit.
 fn time(text: &str) -> Result<Duration, String> {
     const FORM: &str = "a time is a number and a unit (us, ms, s, m, h, d), like 50ms";
@@ -188,6 +201,7 @@ mod tests {
             steps: Steps::Auto,
             format: Format::Text,
             output: None,
+            stack_size: 32 << 10,
             fail_on_blocking: false,
             debug_bpf: false,
         };
@@ -205,6 +219,7 @@ mod tests {
             steps: Steps::Off,
             format: Format::Jsonl,
             output: Some(PathBuf::from("out.jsonl")),
+            stack_size: 32 << 10,
             fail_on_blocking: true,
             debug_bpf: true,
         };
@@ -320,6 +335,11 @@ mod tests {
 
               --output <FILE>
                   Write to this file instead of standard output
+
+              --stack-size <SIZE>
+                  How much of the native stack is copied for each look into a block, 4KiB to 64KiB
+
+                  [default: 32KiB]
 
               --fail-on-blocking
                   Exit with 1 when a block was found

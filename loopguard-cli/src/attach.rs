@@ -66,6 +66,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
             args::Steps::Auto => Steps::Auto,
             args::Steps::Off => Steps::Off,
         },
+        stack_size: arguments.stack_size,
         talk: if arguments.debug_bpf { Talk::Debug } else { Talk::Silent },
     };
     let mut stop = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
@@ -127,7 +128,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
         }
     }
     // What is under way when the end comes still counts.
-    live.drain(&mut events)?;
+    live.finish(&mut events)?;
     for event in events.drain(..) {
         for update in profile.apply(event) {
             sink.update(&update).map_err(output_error)?;

@@ -10,3 +10,4 @@ pub mod doctor;
 pub mod runtime;
 pub mod sink;
 pub mod source;
+pub mod symbol;

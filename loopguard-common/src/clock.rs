@@ -31,6 +31,8 @@ pub struct LoopClock {
     spent_ns: [u64; 4],
     /// When a capture of this step was last sent; 0: none yet.
     pub last_capture_ns: u64,
+    /// When the stack was last copied at a switch.
+    pub last_stack_ns: u64,
     /// Stack pointer at the tick's first step probe, to tell a nested `Context.run`.
     pub step_sp: u64,
     state: u32,
@@ -53,7 +55,7 @@ pub struct LoopClock {
     pub waits: [Wait; MAX_WAITS],
 }
 
-const _: () = assert!(size_of::<LoopClock>() == 10 * 8 + 6 * 4 + 4 * 8 + TICK_BUCKETS * 4 + MAX_WAITS * 24);
+const _: () = assert!(size_of::<LoopClock>() == 11 * 8 + 6 * 4 + 4 * 8 + TICK_BUCKETS * 4 + MAX_WAITS * 24);
 
 /// A step that just ended: the rest is still in the clock until [`LoopClock::begin_step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +94,9 @@ pub struct CapturePace {
     /// and at least this power of two of the step's age.
     pub backoff_shift: u32,
 }
+
+/// A copy costs some three microseconds: so no thread spends more than about three percent on copies for nothing.
+const STACK_GAP_NS: u64 = 100_000;
 
 /// A step has one owner: a few dozen captures tell its lines, however long it is.
 pub const BACKOFF_STEP: u32 = 5;
@@ -254,6 +259,17 @@ impl LoopClock {
             && age >= pace.age_ns
             && since_last >= pace.gap_ns
             && since_last >= age >> (pace.backoff_shift & 63)
+    }
+
+    /// Whether to copy the stack at a switch: nobody knows yet how long the wait will be, so a thread that waits often
+    /// and briefly must not pay for it each time. Remembers that it was copied.
+    #[inline(always)]
+    pub fn stack_due(&mut self, now: u64) -> bool {
+        let due = now.saturating_sub(self.last_stack_ns) >= STACK_GAP_NS;
+        if due {
+            self.last_stack_ns = now;
+        }
+        due
     }
 
     #[inline(always)]
@@ -465,6 +481,13 @@ mod tests {
         clock.last_capture_ns = 420 * MS;
         assert!(!clock.capture_due(425 * MS, pace), "the older the step, the further apart");
         assert!(clock.capture_due(432 * MS, pace));
+    }
+
+    #[test]
+    fn a_thread_that_waits_often_pays_for_few_stacks() {
+        let mut clock = LoopClock::default();
+        let copied = (1..=1000).filter(|i| clock.stack_due(START + i * 10_000)).count();
+        assert_eq!(copied, 100);
     }
 
     #[test]

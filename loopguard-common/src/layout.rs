@@ -49,7 +49,9 @@ pub struct PyLayout {
     pub long_digit: u16,
     /// `PyCellObject.ob_ref`.
     pub cell_ref: u16,
-    pub _pad: [u16; 3],
+    /// `_PyInterpreterFrame.is_entry` (3.11), else [`ABSENT`].
+    pub frame_is_entry: u16,
+    pub _pad: [u16; 2],
 }
 
 const _: () = assert!(size_of::<PyLayout>() == 64);

@@ -19,6 +19,7 @@ pub enum RecordKind {
     Step = 1,
     Capture = 2,
     Poll = 3,
+    StackPage = 4,
 }
 
 #[repr(C)]
@@ -78,13 +79,18 @@ pub struct StepRecord {
     pub wait_count: u32,
 }
 
+/// An entry shim, which runs no Python code: a native call of the evaluation loop begins with it (3.12 on).
+pub const FRAME_SHIM: u64 = 1;
+/// The first frame of a native call of the evaluation loop (3.11).
+pub const FRAME_ENTRY: u64 = 2;
+
 /// One interpreter frame, innermost first in a capture.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RawFrame {
-    /// Address of the `PyCodeObject`; bit 0 set: an entry shim that runs no Python code.
+    /// Address of the `PyCodeObject`, and `FRAME_*` in its low bits.
     pub code: u64,
-    /// Address of the instruction it is at, inside the code object's bytecode.
+    /// Address of the instruction it is at, inside the code object's bytecode; of a shim, the frame's own address.
     pub instr: u64,
     /// What told this code object from another one at the same address: see [`fingerprint`](crate::walk::fingerprint).
     pub fingerprint: u64,
@@ -159,15 +165,43 @@ pub struct CaptureRecord {
     pub tick_start_ns: u64,
     /// From the step's start to `until_ns`.
     pub off_cpu: OffCpu,
-    pub user_ip: u64,
-    pub user_sp: u64,
+    /// The user's general registers by their DWARF numbers, then the instruction pointer (System V psABI for AMD64,
+    /// "DWARF Register Number Mapping").
+    pub registers: [u64; REGISTERS],
+    /// For a wait in `futex`: the first words at the address waited on, as they were then.
+    pub futex: [u64; FUTEX_WORDS],
     /// Address of the current asyncio task where the thread state holds it (CPython 3.14 on), else 0.
     pub task: u64,
     /// A [`WalkStatus`].
     pub walk: u32,
     pub frame_count: u32,
+    /// [`StackPage`]s that were sent before this record.
+    pub stack_pages: u32,
+    pub _pad: u32,
     pub request: RequestSnapshot,
     pub frames: [RawFrame; MAX_FRAMES],
+}
+
+/// Bytes of the user stack that are copied at a time: a page is there or it is not.
+pub const STACK_PAGE: usize = 4096;
+/// Pages that one capture can have.
+pub const MAX_STACK_PAGES: usize = 16;
+pub const REGISTERS: usize = 17;
+pub const REGISTER_SP: usize = 7;
+pub const REGISTER_IP: usize = 16;
+/// Enough for the lock, the owner and the kind of a `pthread_mutex_t`.
+pub const FUTEX_WORDS: usize = 3;
+
+/// One page of a user stack, sent before the capture it belongs to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StackPage {
+    pub header: RecordHeader,
+    /// That of the capture.
+    pub at_ns: u64,
+    /// Of the first byte: a multiple of [`STACK_PAGE`].
+    pub address: u64,
+    pub bytes: [u8; STACK_PAGE],
 }
 
 /// A thread of a watched process polled an epoll descriptor and is not watched yet.
@@ -234,15 +268,19 @@ pub enum Counter {
     Lost = 0,
     /// Records sent.
     Sent = 1,
+    /// Stack pages dropped because their ring buffer was full: a capture without its native frames.
+    LostStackPages = 2,
 }
-pub const COUNTERS: u32 = 2;
+pub const COUNTERS: u32 = 3;
 
 const _: () = assert!(size_of::<RecordHeader>() == 16);
 const _: () = assert!(size_of::<Wait>() == 24);
 const _: () = assert!(size_of::<StepRecord>() == 16 + 4 * 8 + 24 + MAX_WAITS * 24 + 8);
 const _: () = assert!(size_of::<RawFrame>() == 24);
 const _: () = assert!(size_of::<RequestSnapshot>() == 24 + 320 + 72 + 112 + 168 + 96);
-const _: () = assert!(offset_of!(CaptureRecord, frames) == 16 + 8 + 6 * 8 + 24 + 3 * 8 + 8 + 792);
+const _: () =
+    assert!(offset_of!(CaptureRecord, frames) == 16 + 8 + 6 * 8 + 24 + (REGISTERS + FUTEX_WORDS + 1) * 8 + 16 + 792);
+const _: () = assert!(size_of::<StackPage>() == 32 + STACK_PAGE);
 const _: () = assert!(size_of::<PollRecord>() == 32);
 const _: () = assert!(size_of::<LoopThread>() == 88);
 

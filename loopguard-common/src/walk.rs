@@ -5,7 +5,7 @@
 //! what one loop leaves for the next is stored and read back.
 
 use crate::layout::{ABSENT, PyLayout};
-use crate::records::{CaptureRecord, MAX_FRAMES, RawFrame, RequestSnapshot, WalkStatus};
+use crate::records::{CaptureRecord, FRAME_ENTRY, FRAME_SHIM, MAX_FRAMES, RawFrame, RequestSnapshot, WalkStatus};
 
 /// Reads the target's memory.
 pub trait Memory {
@@ -140,15 +140,19 @@ pub fn walk_frames<M: Memory>(
         if owner < layout.shim_owner as u64 {
             let mut names = [0u64; 2];
             memory.read(code.wrapping_add(layout.code_qualname as u64), &mut names);
+            let mut entry = 0;
+            if layout.frame_is_entry != ABSENT && field(&scratch.words, layout.frame_is_entry) & 1 != 0 {
+                entry = FRAME_ENTRY;
+            }
             out.frames[i] = RawFrame {
-                code,
+                code: code | entry,
                 instr: field(&scratch.words, layout.frame_instr),
                 fingerprint: fingerprint(names[0], names[1]),
             };
             note_scope(memory, layout, field(&scratch.words, layout.frame_locals), &mut scratch.scopes);
             note_scope(memory, layout, field(&scratch.words, layout.frame_locals + 8), &mut scratch.scopes);
         } else {
-            out.frames[i] = RawFrame { code: 1, instr: 0, fingerprint: 0 };
+            out.frames[i] = RawFrame { code: FRAME_SHIM, instr: frame, fingerprint: 0 };
         }
         count = i + 1;
         frame = field(&scratch.words, layout.frame_previous);

@@ -10,15 +10,15 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::{BACKOFF_STEP, BACKOFF_TICK, CapturePace},
     records::{
-        CaptureCause, LoopThread, RecordHeader, RecordKind, SYSCALL_NONE, THREAD_STEPS_CONTEXT_ENTER,
-        THREAD_STEPS_CONTEXT_RUN, WalkStatus,
+        CaptureCause, LoopThread, REGISTER_SP, REGISTERS, RecordHeader, RecordKind, SYSCALL_NONE,
+        THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, WalkStatus,
     },
     walk::{Memory, PyThread, snapshot_request, walk_frames},
 };
 
 use crate::{
     maps::{CaptureBuffer, LAYOUTS, Watched, capture_buffer, watched},
-    send,
+    send, stack,
 };
 
 /// The memory of the current task. Pages that are not resident read as absent.
@@ -32,11 +32,10 @@ impl Memory for OwnMemory {
     }
 }
 
-/// User-space registers that say where a thread is.
+/// Where a thread left user space.
 #[derive(Clone, Copy)]
 pub struct UserRegisters {
-    pub ip: u64,
-    pub sp: u64,
+    saved: Option<pt_regs>,
     /// The system call it is in, else [`SYSCALL_NONE`].
     pub syscall: i32,
     pub arg0: u64,
@@ -50,12 +49,27 @@ pub fn user_registers() -> UserRegisters {
     match saved {
         // x86: `orig_ax` is the number of the system call, or negative for an exception or interrupt.
         Ok(saved) => UserRegisters {
-            ip: saved.rip,
-            sp: saved.rsp,
+            saved: Some(saved),
             syscall: if (saved.orig_rax as i64) < 0 { SYSCALL_NONE } else { saved.orig_rax as i32 },
             arg0: saved.rdi,
         },
-        Err(_) => UserRegisters { ip: 0, sp: 0, syscall: SYSCALL_NONE, arg0: 0 },
+        Err(_) => UserRegisters { saved: None, syscall: SYSCALL_NONE, arg0: 0 },
+    }
+}
+
+impl UserRegisters {
+    /// By DWARF number; all zero when they could not be read.
+    #[inline(always)]
+    pub fn write(&self, to: &mut [u64; REGISTERS]) {
+        match &self.saved {
+            Some(saved) => {
+                *to = [
+                    saved.rax, saved.rdx, saved.rcx, saved.rbx, saved.rsi, saved.rdi, saved.rbp, saved.rsp, saved.r8,
+                    saved.r9, saved.r10, saved.r11, saved.r12, saved.r13, saved.r14, saved.r15, saved.rip,
+                ];
+            }
+            None => *to = [0; REGISTERS],
+        }
     }
 }
 
@@ -116,11 +130,12 @@ pub fn on_sample(_ctx: PerfEventContext) -> u32 {
                 buffer.record.cause = CaptureCause::Sample as u32;
                 buffer.record.syscall = SYSCALL_NONE;
                 buffer.record.arg0 = 0;
-                buffer.record.user_ip = registers.ip;
-                buffer.record.user_sp = registers.sp;
+                registers.write(&mut buffer.record.registers);
                 take(&target, now, buffer);
                 buffer.record.off_cpu = target.clock.off_cpu();
                 target.clock.last_capture_ns = now;
+                buffer.record.stack_pages = stack::copy(target.slot, tid, now, buffer.record.registers[REGISTER_SP]);
+                stack::send(target.slot, buffer.record.stack_pages);
                 send::capture(&buffer.record);
             }
         }

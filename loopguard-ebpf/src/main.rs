@@ -10,6 +10,7 @@ mod maps;
 mod poll;
 mod sched;
 mod send;
+mod stack;
 mod step;
 
 #[cfg(not(test))]

@@ -7,7 +7,7 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::LoopClock,
     layout::PyLayout,
-    records::{COUNTERS, CaptureRecord, Counter, LoopThread},
+    records::{COUNTERS, CaptureRecord, Counter, LoopThread, StackPage},
     walk::Scratch,
 };
 
@@ -17,6 +17,14 @@ const WATCHED_WORDS: u32 = 1024;
 /// Everything for user space.
 #[map]
 pub static RECORDS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
+
+/// Stack pages, apart from the records: they are a hundred times as large and must not push those out.
+#[map]
+pub static STACKS: RingBuf = RingBuf::with_byte_size(16 << 20, 0);
+
+/// The last stack copied on each thread, one entry a page; user space sizes it at load.
+#[map]
+pub static STACK_PAGES: Array<StackPage> = Array::with_max_entries(64, 0);
 
 /// One bit per watched thread or process id: what keeps the programs cheap for everything else on the machine.
 #[map]

@@ -4,12 +4,15 @@ use aya_ebpf::{
     helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
-use loopguard_common::{clock::SwitchOut, records::CaptureCause};
+use loopguard_common::{
+    clock::SwitchOut,
+    records::{CaptureCause, REGISTER_SP},
+};
 
 use crate::{
     capture::{self, pace, user_registers},
     maps::{Watched, capture_buffer, watched},
-    send,
+    send, stack,
 };
 
 /// Offset of `pid` in the kernel's `struct task_struct`, set at load from its BTF.
@@ -74,9 +77,13 @@ fn switched_out(target: Watched, preempted: bool) {
     buffer.record.cause = CaptureCause::Wait as u32;
     buffer.record.syscall = registers.syscall;
     buffer.record.arg0 = registers.arg0;
-    buffer.record.user_ip = registers.ip;
-    buffer.record.user_sp = registers.sp;
+    registers.write(&mut buffer.record.registers);
     capture::take(&target, now, buffer);
+    buffer.record.stack_pages = 0;
+    if target.clock.stack_due(now) {
+        buffer.record.stack_pages =
+            stack::copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
+    }
     target.clock.capture_pending = 1;
 }
 
@@ -95,6 +102,7 @@ fn switched_in(target: Watched) {
         buffer.record.until_ns = now;
         buffer.record.off_cpu = target.clock.off_cpu();
         target.clock.last_capture_ns = now;
+        stack::send(target.slot, buffer.record.stack_pages);
         send::capture(&buffer.record);
     }
 }

@@ -185,13 +185,16 @@ pub enum FrameKind {
 }
 
 /// Whose code a frame is, so that the user's own stands out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Origin {
     User,
     /// Installed packages.
     Library,
     /// The language's own: standard library, interpreter, event loop.
     Runtime,
+    /// The operating system's.
+    Kernel,
 }
 
 /// The requests in flight on a loop, read from the target while the step ran.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::cut::{Span, each, scaled, total};
-use super::event::{Frame, How, LoopInfo, Origin, Owner, RequestFacts, Stack};
+use super::event::{Frame, FrameKind, How, LoopInfo, Origin, Owner, RequestFacts, Stack};
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Update {
@@ -241,8 +241,37 @@ pub fn user_line_index(stack: &Stack) -> Option<usize> {
 
 pub fn user_line(stack: &Stack) -> Option<UserLine<'_>> {
     let deepest = user_line_index(stack)?;
-    let called = deepest.checked_sub(1).map(|inner| &*stack.frames[inner]);
-    Some(UserLine { frame: &stack.frames[deepest], called })
+    Some(UserLine { frame: &stack.frames[deepest], called: called(&stack.frames[..deepest]) })
+}
+
+/// What a line called, by the frames inside it: the interpreter's own machinery in between is no answer, and neither is
+/// what that machinery did for itself.
+fn called(inner: &[Arc<Frame>]) -> Option<&Frame> {
+    let mut frames = inner.iter().rev().map(|frame| &**frame);
+    let first = frames.next()?;
+    if !is_machinery(first) {
+        return Some(first);
+    }
+    frames.find(|frame| !is_machinery(frame)).filter(|frame| !is_c_library(frame))
+}
+
+/// The parts of CPython that run Python code, not those that are called from it by name.
+fn is_machinery(frame: &Frame) -> bool {
+    let Some(module) = frame.module.as_deref().filter(|_| frame.kind == FrameKind::Native) else { return false };
+    let name = module.rsplit('/').next().unwrap_or(module);
+    if !name.starts_with("libpython") && !name.starts_with("python") {
+        return false;
+    }
+    match frame.file.as_deref() {
+        Some(file) => ["/Objects/", "/Python/", "/Include/"].iter().any(|folder| file.contains(folder)),
+        // Stripped: the names that are left are those of the C interface, and file+offset.
+        None => frame.function.starts_with('_') || frame.function.starts_with("Py") || frame.function.contains('+'),
+    }
+}
+
+fn is_c_library(frame: &Frame) -> bool {
+    let name = frame.module.as_deref().and_then(|module| module.rsplit('/').next()).unwrap_or_default();
+    name.starts_with("libc.") || name.starts_with("libc-") || name.starts_with("ld-") || name == "[vdso]"
 }
 
 impl Split {

@@ -76,6 +76,8 @@ pub struct Image {
     bias: u64,
     file: File,
     segments: Vec<Segment>,
+    /// `PT_GNU_EH_FRAME`.
+    unwind: Option<Segment>,
     sections: Vec<Section>,
 }
 
@@ -151,18 +153,17 @@ impl Image {
         let cache = ReadCache::new(&file);
         let header = FileHeader64::<Endianness>::parse(&cache).map_err(invalid)?;
         let endian = header.endian().map_err(invalid)?;
-        let segments = header
-            .program_headers(endian, &cache)
-            .map_err(invalid)?
-            .iter()
-            .take(MAX_SEGMENTS)
-            .filter(|segment| segment.p_type(endian) == elf::PT_LOAD)
-            .map(|segment| Segment {
+        let programs = header.program_headers(endian, &cache).map_err(invalid)?;
+        let of_type = |kind| {
+            let of_kind = programs.iter().take(MAX_SEGMENTS).filter(move |segment| segment.p_type(endian) == kind);
+            of_kind.map(move |segment| Segment {
                 address: segment.p_vaddr(endian),
                 offset: segment.p_offset(endian),
                 file_size: segment.p_filesz(endian),
             })
-            .collect();
+        };
+        let segments = of_type(elf::PT_LOAD).collect();
+        let unwind = of_type(elf::PT_GNU_EH_FRAME).next();
         let table = header.sections(endian, &cache).map_err(invalid)?;
         let names = header.section_headers(endian, &cache).map_err(invalid)?;
         // The names in one piece: looked up one by one, each would be a read of its own.
@@ -185,7 +186,15 @@ impl Image {
                 link: section.sh_link(endian) as usize,
             })
             .collect();
-        Ok(Self { path: String::new(), opened, bias: 0, segments, sections, file })
+        Ok(Self { path: String::new(), opened, bias: 0, segments, unwind, sections, file })
+    }
+
+    /// An ELF file by itself: addresses are its own, as if it were loaded where it was linked for.
+    ///
+    /// # Errors
+    /// `InvalidData` when it is not a 64-bit ELF file.
+    pub fn of_file(file: File) -> io::Result<Self> {
+        Self::parse(file, PathBuf::new())
     }
 
     pub fn section(&self, name: &str) -> Option<&Section> {
@@ -256,6 +265,37 @@ impl Image {
             let into = address.checked_sub(segment.address)?;
             (into < segment.file_size).then_some(segment.offset + into)
         })
+    }
+
+    /// The address of the byte at `offset` of the file.
+    pub fn address_of(&self, offset: u64) -> Option<u64> {
+        self.segments.iter().find_map(|segment| {
+            // Whole pages are mapped, so what stands before a segment in its first page is mapped too.
+            let page = segment.offset & !4095;
+            let into = offset.checked_sub(page)?;
+            (offset < segment.offset.checked_add(segment.file_size)?)
+                .then(|| segment.address.wrapping_sub(segment.offset - page).wrapping_add(into))
+        })
+    }
+
+    /// What `PT_GNU_EH_FRAME` leads to: `.eh_frame_hdr`, in a file without section headers too.
+    pub fn unwind_segment(&self) -> Option<(u64, Vec<u8>)> {
+        let Segment { address, offset, file_size } = self.unwind?;
+        if file_size > MAX_TABLE {
+            return None;
+        }
+        Some((address, self.read_file(offset, file_size as usize).ok()?))
+    }
+
+    /// All bytes from `address` to the end of its segment in the file.
+    pub fn bytes_to_segment_end(&self, address: u64) -> Option<Vec<u8>> {
+        let offset = self.file_offset(address)?;
+        let segment = self
+            .segments
+            .iter()
+            .find(|segment| address.checked_sub(segment.address).is_some_and(|into| into < segment.file_size))?;
+        let length = segment.offset.checked_add(segment.file_size)?.checked_sub(offset)?;
+        (length <= MAX_TABLE).then(|| self.read_file(offset, length as usize).ok())?
     }
 
     /// The file's bytes from `address` (in the target) on, as many as there are up to `length`.

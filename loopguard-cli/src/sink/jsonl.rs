@@ -7,7 +7,7 @@ use serde_json::ser::{CompactFormatter, Formatter, Serializer};
 
 use super::Sink;
 use super::escape::is_dangerous;
-use crate::core::event::{Frame, FrameKind, How, LoopInfo, Owner, RequestFacts, Runtime};
+use crate::core::event::{Frame, FrameKind, How, LoopInfo, Origin, Owner, RequestFacts, Runtime};
 use crate::core::incident::{Attribution, Blame, Cumulative, Incident, Ongoing, Update, Verdict, WaitTotal, user_line};
 use crate::core::summary::{Summary, ThreadTotal};
 
@@ -75,6 +75,9 @@ struct BlockObject<'a> {
     victims_unread: Option<u32>,
     hint: Option<&'a str>,
     stack: Vec<FrameObject<'a>>,
+    /// Why its outermost frames are missing, if they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stack_incomplete: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -156,6 +159,9 @@ struct OngoingObject<'a> {
     blame: BlameFields<'a>,
     hint: Option<&'a str>,
     stack: Vec<FrameObject<'a>>,
+    /// Why its outermost frames are missing, if they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stack_incomplete: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -201,6 +207,8 @@ struct FrameObject<'a> {
     module: Option<Option<&'a str>>,
     file: Option<&'a str>,
     line: Option<u32>,
+    /// Whose code it is.
+    origin: Origin,
 }
 
 #[derive(Serialize)]
@@ -251,6 +259,7 @@ impl<'a> BlockObject<'a> {
             victims_unread: incident.victims.as_ref().map(|victims| victims.unread).filter(|unread| *unread > 0),
             hint: incident.hint,
             stack: stack(&incident.blame),
+            stack_incomplete: incident.blame.stack.incomplete,
         }
     }
 }
@@ -266,6 +275,7 @@ impl<'a> OngoingObject<'a> {
             blame: BlameFields::new(&ongoing.blame, ongoing.age_ns()),
             hint: ongoing.hint,
             stack: stack(&ongoing.blame),
+            stack_incomplete: ongoing.blame.stack.incomplete,
         }
     }
 }
@@ -388,6 +398,7 @@ impl<'a> FrameObject<'a> {
             module: (frame.kind == FrameKind::Native).then_some(frame.module.as_deref()),
             file: frame.file.as_deref(),
             line: frame.line,
+            origin: frame.origin,
         }
     }
 }
@@ -483,11 +494,11 @@ mod tests {
         "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":52.346}],
         "task":null,"victims":null,"hint":null,
         "stack":[
-          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null},
-          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228},
-          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41},
-          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12},
-          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88}]}
+          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null,"origin":"runtime"},
+          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228,"origin":"library"},
+          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41,"origin":"user"},
+          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12,"origin":"user"},
+          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88,"origin":"runtime"}]}
         "#);
     }
 
@@ -522,11 +533,11 @@ mod tests {
         "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":2000.0}],
         "task":null,"hint":null,
         "stack":[
-          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null},
-          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228},
-          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41},
-          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12},
-          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88}]}
+          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null,"origin":"runtime"},
+          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228,"origin":"library"},
+          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41,"origin":"user"},
+          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12,"origin":"user"},
+          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88,"origin":"runtime"}]}
         "#);
     }
 
@@ -559,11 +570,11 @@ mod tests {
         "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":240.0},{"id":"abc-124","method":"GET","path":"/items/8","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":60.0}],
         "task":null,"routes":[{"method":"GET","route":"/items/{id}","ms":300.0,"share":1.0}],"lines":[{"function":"Store.load","file":"/srv/shop/store.py","line":41,"ms":285.0,"share":0.95},{"function":"dumps","file":"/venv/lib/python3.12/site-packages/orjson/core.py","line":5,"ms":15.0,"share":0.05}],"victims":null,"hint":"this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg",
         "stack":[
-          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null},
-          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228},
-          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41},
-          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12},
-          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88}]}
+          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null,"origin":"runtime"},
+          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228,"origin":"library"},
+          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41,"origin":"user"},
+          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12,"origin":"user"},
+          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88,"origin":"runtime"}]}
         "#);
     }
 
@@ -576,11 +587,11 @@ mod tests {
         "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":300.0}],
         "task":null,"hint":"this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg",
         "stack":[
-          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null},
-          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228},
-          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41},
-          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12},
-          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88}]}
+          {"kind":"native","function":"__recv","module":"libc.so.6","file":null,"line":null,"origin":"runtime"},
+          {"kind":"python","function":"wait","file":"/venv/lib/python3.12/site-packages/psycopg/waiting.py","line":228,"origin":"library"},
+          {"kind":"python","function":"Store.load","file":"/srv/shop/store.py","line":41,"origin":"user"},
+          {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12,"origin":"user"},
+          {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88,"origin":"runtime"}]}
         "#);
     }
 

@@ -3,7 +3,7 @@
 use std::mem::{MaybeUninit, offset_of, size_of};
 
 use loopguard_common::records::{
-    CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, RawFrame, RecordKind, StepRecord,
+    CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, RawFrame, RecordKind, StackPage, StepRecord,
 };
 
 #[derive(Clone, Debug, PartialEq)]
@@ -11,6 +11,7 @@ pub enum Record {
     Step(Box<StepRecord>),
     Capture(Box<CaptureRecord>),
     Poll(PollRecord),
+    StackPage(Box<StackPage>),
 }
 
 /// Nothing this version of loopguard knows.
@@ -30,6 +31,9 @@ pub fn decode(bytes: &[u8]) -> Result<Record, UnknownRecord> {
     } else if kind == RecordKind::Poll as u32 {
         // SAFETY: as above.
         unsafe { whole::<PollRecord>(bytes) }.map(Record::Poll).ok_or(unknown)
+    } else if kind == RecordKind::StackPage as u32 {
+        // SAFETY: as above.
+        unsafe { whole::<StackPage>(bytes) }.map(|page| Record::StackPage(Box::new(page))).ok_or(unknown)
     } else if kind == RecordKind::Capture as u32 {
         capture(bytes).map(Record::Capture).ok_or(unknown)
     } else {
@@ -88,6 +92,7 @@ mod tests {
             vec![],
             vec![1, 0, 0, 0],
             vec![9; 64],
+            [&[4, 0, 0, 0][..], &[0; 4000]].concat(),
             capture_bytes(3, CAPTURE_BASE + 2 * size_of::<RawFrame>()),
             capture_bytes(u32::MAX, CAPTURE_BASE),
             capture_bytes(0, CAPTURE_BASE - 1),

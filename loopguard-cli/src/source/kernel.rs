@@ -42,6 +42,8 @@ pub struct Pace {
     pub threshold_ns: u64,
     /// A step or tick younger than this is not looked into.
     pub capture_age_ns: u64,
+    /// Pages copied of the user stack for a capture.
+    pub stack_pages: u32,
 }
 
 /// Whether the kernel programs say what they do (`--debug-bpf`).
@@ -93,6 +95,13 @@ pub enum Sampling {
     Close,
 }
 
+/// What the kernel programs send.
+pub struct Rings {
+    pub records: RingBuf<MapData>,
+    /// Pages of user stacks, each sent before the capture it belongs to.
+    pub stacks: RingBuf<MapData>,
+}
+
 pub struct Kernel {
     bpf: Ebpf,
     watched: Array<MapData, u64>,
@@ -126,12 +135,13 @@ pub enum Standing {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub lost: u64,
+    pub lost_stack_pages: u64,
     pub sent: u64,
 }
 
 impl Kernel {
     /// Loads and attaches everything that is not bound to one target.
-    pub fn load(pace: Pace, talk: Talk) -> Result<(Self, RingBuf<MapData>)> {
+    pub fn load(pace: Pace, talk: Talk) -> Result<(Self, Rings)> {
         if OBJECT.is_empty() {
             bail!("this loopguard was built without its kernel programs; build it again after `cargo xtask setup`");
         }
@@ -148,17 +158,22 @@ impl Kernel {
             .btf(Some(&btf))
             .override_global("TASK_PID_OFFSET", &task_pid_offset, true)
             .override_global("AYA_LOG_LEVEL", log_level, false)
+            .override_global("STACK_PAGE_LIMIT", &pace.stack_pages, true)
             .override_global("FUTEX_SYSCALL", &(libc::SYS_futex as i32), true)
             .map_max_entries("THREADS", MAX_THREADS)
             .map_max_entries("CLOCKS", MAX_THREADS)
             .map_max_entries("CAPTURES", MAX_THREADS)
+            .map_max_entries("STACK_PAGES", MAX_THREADS * pace.stack_pages.max(1))
             .load(OBJECT)
             .context("load the kernel programs (root, or CAP_BPF and CAP_PERFMON, is needed)")?;
         let log = match talk {
             Talk::Debug => Some(EbpfLogger::init_with_logger(&mut bpf, ToStandardError).context("read the log")?),
             Talk::Silent => None,
         };
-        let records = RingBuf::try_from(take_map(&mut bpf, "RECORDS")?)?;
+        let rings = Rings {
+            records: RingBuf::try_from(take_map(&mut bpf, "RECORDS")?)?,
+            stacks: RingBuf::try_from(take_map(&mut bpf, "STACKS")?)?,
+        };
         let mut kernel = Self {
             watched: take_map(&mut bpf, "WATCHED")?.try_into()?,
             processes: take_map(&mut bpf, "PROCESSES")?.try_into()?,
@@ -176,7 +191,7 @@ impl Kernel {
             bpf,
         };
         kernel.attach_everywhere(&btf)?;
-        Ok((kernel, records))
+        Ok((kernel, rings))
     }
 
     fn attach_everywhere(&mut self, btf: &Btf) -> Result<()> {
@@ -343,7 +358,11 @@ impl Kernel {
     pub fn counts(&self) -> Counts {
         let total =
             |counter: Counter| self.counts.get(&(counter as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum::<u64>());
-        Counts { lost: total(Counter::Lost), sent: total(Counter::Sent) }
+        Counts {
+            lost: total(Counter::Lost),
+            lost_stack_pages: total(Counter::LostStackPages),
+            sent: total(Counter::Sent),
+        }
     }
 
     /// CPU time of all programs while the kernel's statistics were on (see [`measure_run_time`]).
@@ -390,7 +409,7 @@ pub fn measure_run_time() -> Option<OwnedFd> {
 
 /// Loads everything and lets go of it again.
 pub fn try_load() -> Result<()> {
-    Kernel::load(Pace { threshold_ns: u64::MAX, capture_age_ns: u64::MAX }, Talk::Silent).map(drop)
+    Kernel::load(Pace { threshold_ns: u64::MAX, capture_age_ns: u64::MAX, stack_pages: 1 }, Talk::Silent).map(drop)
 }
 
 /// Where tracefs is not mounted, mounts it in a mount namespace of our own: nothing is left behind.

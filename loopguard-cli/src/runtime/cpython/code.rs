@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use loopguard_common::records::RawFrame;
+use loopguard_common::records::{FRAME_ENTRY, FRAME_SHIM, RawFrame};
 use loopguard_common::walk::fingerprint;
 
 use super::{Fault, Interpreter};
@@ -71,13 +71,14 @@ impl Codes {
     /// `None` for an entry shim, which runs no Python code; `<unknown>` when the code object is not what it was when
     /// the kernel came past it.
     pub fn frame(&mut self, interpreter: &Interpreter, raw: &RawFrame) -> Option<Arc<Frame>> {
-        if raw.code & 1 == 1 {
+        if raw.code & FRAME_SHIM != 0 {
             return None;
         }
-        let Ok(code) = self.code(interpreter, raw.code, Some(raw.fingerprint)) else {
+        let address = raw.code & !(FRAME_SHIM | FRAME_ENTRY);
+        let Ok(code) = self.code(interpreter, address, Some(raw.fingerprint)) else {
             return Some(self.unknown.clone());
         };
-        let start = raw.code.wrapping_add(interpreter.offsets.code_adaptive);
+        let start = address.wrapping_add(interpreter.offsets.code_adaptive);
         let line = code.line(raw.instr.wrapping_sub(start) as i64);
         if code.frames.len() >= MAX_LINES {
             code.frames.clear();

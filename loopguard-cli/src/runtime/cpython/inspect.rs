@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use loopguard_common::records::{RawFrame, RequestSnapshot, WalkStatus};
+use loopguard_common::records::{FRAME_ENTRY, FRAME_SHIM, RawFrame, RequestSnapshot, WalkStatus};
 
 use super::code::Codes;
 use super::request::Routes;
 use super::{Interpreter, NotTold, PyThreadInfo, TaskFacts};
 use crate::core::event::{RequestFacts, Stack};
+use crate::symbol::join::PythonRun;
 
 /// Resolves the captures of one process; its caches are bounded.
 #[derive(Debug)]
@@ -30,14 +31,27 @@ impl Inspector {
     /// is `<unknown>`.
     pub fn stack(&mut self, frames: &[RawFrame], walk: WalkStatus) -> Stack {
         let frames = frames.iter().filter_map(|raw| self.codes.frame(&self.interpreter, raw)).collect();
-        let incomplete = match walk {
-            WalkStatus::Complete => None,
-            WalkStatus::None => Some("there was no interpreter to walk"),
-            WalkStatus::TooDeep => Some("the stack is deeper than loopguard walks"),
-            WalkStatus::Unreadable => Some("a frame could not be read"),
-            WalkStatus::NotThisThread => Some("the thread had ended"),
-        };
-        Stack { frames, incomplete }
+        Stack { frames, incomplete: incomplete(walk) }
+    }
+
+    /// The same frames, by the native call of the evaluation loop that runs them.
+    pub fn runs(&mut self, frames: &[RawFrame]) -> Vec<PythonRun> {
+        let mut runs = Vec::new();
+        let mut run = PythonRun::default();
+        for raw in frames {
+            run.frames.extend(self.codes.frame(&self.interpreter, raw));
+            let is_shim = raw.code & FRAME_SHIM != 0;
+            if is_shim || raw.code & FRAME_ENTRY != 0 {
+                run.entry = is_shim.then_some(raw.instr);
+                runs.push(std::mem::take(&mut run));
+            }
+        }
+        if !run.frames.is_empty() {
+            runs.push(run);
+        }
+        // At the outer end of a thread stands a shim that ran no Python code.
+        runs.retain(|run| !run.frames.is_empty());
+        runs
     }
 
     /// The request whose scope stood in the frames; `None`: there was none. Reads the target for the route only.
@@ -60,5 +74,16 @@ impl Inspector {
             Some(snapshot) => self.request(&snapshot).map(Some).ok_or(NotTold::Unreadable),
             None => Ok(None),
         }
+    }
+}
+
+/// Why the outermost frames are missing, if they are.
+pub fn incomplete(walk: WalkStatus) -> Option<&'static str> {
+    match walk {
+        WalkStatus::Complete => None,
+        WalkStatus::None => Some("there was no interpreter to walk"),
+        WalkStatus::TooDeep => Some("the stack is deeper than loopguard walks"),
+        WalkStatus::Unreadable => Some("a frame could not be read"),
+        WalkStatus::NotThisThread => Some("the thread had ended"),
     }
 }

@@ -25,7 +25,7 @@ use super::elf::{self, Image, Mapping, SymbolTable};
 use super::memory::{Fault, ProcessMemory, RecordedMemory, Recorder, Source, TargetMemory};
 use offsets::{ASYNCIO_OFFSETS_SIZE, AsyncioOffsets, BadOffsets, DEBUG_OFFSETS_SIZE, GIL_SIZE, Gil, Offsets};
 
-pub use inspect::Inspector;
+pub use inspect::{Inspector, incomplete};
 pub use probe::StepProbe;
 pub use task::{NotTold, TaskFacts};
 

@@ -195,7 +195,8 @@ const COMMON_LAYOUT: PyLayout = PyLayout {
     bytes_data: 32,
     long_digit: 24,
     cell_ref: 16,
-    _pad: [0; 3],
+    frame_is_entry: ABSENT,
+    _pad: [0; 2],
 };
 
 const PYTHON_3_11: Offsets = Offsets {
@@ -206,6 +207,7 @@ const PYTHON_3_11: Offsets = Offsets {
         frame_executable: 32,
         frame_previous: 48,
         frame_owner: 69,
+        frame_is_entry: 68,
         // No shims: every frame runs Python code.
         shim_owner: 256,
         str_ascii_data: 48,

@@ -19,6 +19,13 @@ use crate::{
 impl Live {
     /// Looks for loop threads that nobody reported: at the start, and for those that are stuck in a step.
     pub fn scan(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        let mut fresh = Vec::new();
+        self.look_for_loops(&mut fresh)?;
+        self.hand_on(fresh, events);
+        Ok(())
+    }
+
+    fn look_for_loops(&mut self, events: &mut Vec<Event>) -> Result<()> {
         for pid in self.targets.keys().copied().collect::<Vec<_>>() {
             let Ok(tids) = process::threads(pid) else { continue };
             for tid in tids {

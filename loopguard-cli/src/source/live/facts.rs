@@ -17,6 +17,7 @@ use super::Live;
 use crate::{
     core::event::{Capture, CapturedWait, Event, How, OpenStep, Owner, Stack, Step, StepWait, Tid},
     source::{process, syscall},
+    symbol::naming::Seen,
 };
 
 /// A block that goes on is reported when it is this old, then each time its age has doubled.
@@ -43,7 +44,7 @@ pub(super) enum Freshness {
 }
 
 impl Live {
-    pub(super) fn capture(&mut self, record: &CaptureRecord, freshness: Freshness) -> Option<Event> {
+    pub(super) fn capture(&mut self, record: &CaptureRecord, freshness: Freshness) -> Option<Capture> {
         self.watch_closely(record.header.tgid);
         let tid = record.header.tid;
         let runs = |live: &Self| match freshness {
@@ -66,7 +67,7 @@ impl Live {
         let target = self.targets.get_mut(&record.header.tgid)?;
         let stack = match &mut target.python {
             Some(python) => python.inspector.stack(frames(record), walk_status(record)),
-            None => Stack { frames: Vec::new(), incomplete: Some("no interpreter") },
+            None => Stack { frames: Vec::new(), incomplete: Some("nothing was copied of its stack") },
         };
         let in_frames = match &mut target.python {
             Some(python) if record.request.scope != 0 => python.inspector.request(&record.request),
@@ -101,7 +102,7 @@ impl Live {
         if is_wait && on.is_some() && !facts.waits_on.iter().any(|(known, _)| *known == key) {
             facts.waits_on.push((key, on.clone()));
         }
-        Some(Event::Capture(Capture {
+        Some(Capture {
             tid,
             step_seq: record.step_seq,
             step_start_ns: record.step_start_ns,
@@ -112,7 +113,7 @@ impl Live {
             wait: is_wait.then(|| CapturedWait { syscall: syscall::name(record.syscall), arg0: record.arg0, on }),
             stack: Arc::new(stack),
             owner,
-        }))
+        })
     }
 
     /// Whose step it is when no scope stands in its frames: the current task, and the tasks that await it.
@@ -162,14 +163,19 @@ impl Live {
         self.look_at_old_steps(&mut seen);
         // What was sent of earlier steps may still be in the ring buffer; it has to come first, or it would be taken
         // for late.
-        self.drain(events)?;
-        events.append(&mut seen);
+        let mut fresh = Vec::new();
+        self.take_records(&mut fresh)?;
+        self.pass_events(&mut fresh);
+        for seen in seen {
+            self.naming.pass(seen);
+        }
+        self.naming.release(events);
         Ok(())
     }
 
     /// Looks at steps that are old and still wait: what they are about can be read now, and what goes on must be seen
     /// before it ends.
-    fn look_at_old_steps(&mut self, events: &mut Vec<Event>) {
+    fn look_at_old_steps(&mut self, seen: &mut Vec<Seen>) {
         let now = process::monotonic_ns();
         let age_ns = self.options.threshold_ns / 2;
         for tid in self.loops.keys().copied().collect::<Vec<_>>() {
@@ -185,21 +191,22 @@ impl Live {
             if !known.step.looked_at && clock.is_waiting() {
                 known.step.looked_at = true;
                 if let Some(record) = self.look(tid, &clock)
-                    && let Some(event) = self.capture(&record, Freshness::JustTaken)
+                    && let Some(capture) = self.capture(&record, Freshness::JustTaken)
                 {
-                    events.push(event);
+                    let copy = self.copy_stack(&record);
+                    seen.push(self.seen(&record, capture, copy));
                 }
             }
             let Some(known) = self.loops.get_mut(&tid) else { continue };
             let due = known.step.report_ongoing_ns.max(ONGOING_AFTER_NS.max(self.options.threshold_ns));
             if age >= due {
                 known.step.report_ongoing_ns = due * 2;
-                events.push(Event::StillOpen(OpenStep {
+                seen.push(Seen::Event(Event::StillOpen(OpenStep {
                     tid,
                     seq: clock.step_seq,
                     start_ns: clock.step_start_ns,
                     now_ns: now,
-                }));
+                })));
             }
         }
     }
@@ -207,15 +214,19 @@ impl Live {
     /// Takes the same capture as the kernel would, of a thread that sleeps.
     fn look(&mut self, tid: Tid, clock: &LoopClock) -> Option<Box<CaptureRecord>> {
         let known = self.loops.get(&tid)?;
-        let (pid, thread) = (known.info.pid, known.python?);
-        let python = self.targets.get(&pid)?.python.as_ref()?;
+        let (pid, thread) = (known.info.pid, known.python);
+        let python = self.targets.get(&pid)?.python.as_ref();
         let (number, arg0) = process::current_syscall(pid, tid)?;
         let now = process::monotonic_ns();
         let mut record = empty_capture();
-        let mut scratch = Scratch::default();
-        let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
-        walk_frames(memory, &layout, thread.walked(), &mut scratch, &mut record);
-        snapshot_request(memory, &layout, &mut scratch, &mut record.request);
+        let mut whole = true;
+        if let (Some(thread), Some(python)) = (thread, python) {
+            let mut scratch = Scratch::default();
+            let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
+            walk_frames(memory, &layout, thread.walked(), &mut scratch, &mut record);
+            snapshot_request(memory, &layout, &mut scratch, &mut record.request);
+            whole = record.walk == WalkStatus::Complete as u32;
+        }
         record.header.tgid = pid;
         record.header.tid = tid;
         record.cause = CaptureCause::Wait as u32;
@@ -232,7 +243,7 @@ impl Live {
         let same = after.step_seq == clock.step_seq
             && after.is_waiting()
             && after.wait_start_ns == clock.wait_start_ns
-            && record.walk == WalkStatus::Complete as u32;
+            && whole;
         same.then_some(record)
     }
 }

@@ -1,9 +1,11 @@
 //! Follows running processes: turns kernel records into events, reading the target while the step still runs.
 //!
-//! [`discover`] finds the loop threads, [`steps`] marks their steps, [`facts`] reads what a step is about.
+//! [`discover`] finds the loop threads, [`steps`] marks their steps, [`facts`] reads what a step is about, [`pages`] puts
+//! stack copies together.
 
 mod discover;
 mod facts;
+mod pages;
 mod steps;
 
 use std::{
@@ -15,6 +17,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{MapData, RingBuf};
+use loopguard_common::records::{MAX_STACK_PAGES, STACK_PAGE};
 use tokio::io::unix::AsyncFd;
 
 use super::{
@@ -29,9 +32,11 @@ use crate::{
         status::{Status, ThreadStatus},
     },
     runtime::cpython::{self, Inspector, Interpreter, NotUsable, PyThreadInfo},
+    symbol::naming::Naming,
 };
 use discover::Poll;
 use facts::{Freshness, StepFacts, step};
+use pages::StackPages;
 use steps::{Closeness, StepMark};
 
 /// Loops that are gone and still listed.
@@ -48,6 +53,8 @@ pub enum Steps {
 pub struct Options {
     pub threshold_ns: u64,
     pub steps: Steps,
+    /// Bytes copied of the user stack for a capture.
+    pub stack_size: usize,
     /// Whether the kernel programs' own log is printed.
     pub talk: Talk,
 }
@@ -57,6 +64,9 @@ pub struct Live {
     since_ns: u64,
     kernel: Kernel,
     records: AsyncFd<RingBuf<MapData>>,
+    pages: StackPages,
+    /// Events on their way out, and the stacks among them that are being named.
+    naming: Naming,
     options: Options,
     targets: HashMap<u32, Target>,
     loops: HashMap<Tid, Loop>,
@@ -65,8 +75,6 @@ pub struct Live {
     notices: Vec<String>,
     /// What loops that are gone had done.
     finished: Vec<ThreadStatus>,
-    /// Frames whose code object could not be read.
-    unsymbolized: u64,
     /// Records that no code here understood.
     unknown_records: u64,
 }
@@ -105,22 +113,24 @@ impl Live {
             // The tick has to be cut from captures: they must begin before its first owner is gone.
             Steps::Off => options.threshold_ns / 4,
         };
-        let (kernel, records) =
-            Kernel::load(Pace { threshold_ns: options.threshold_ns, capture_age_ns }, options.talk)?;
+        let stack_pages = options.stack_size.div_ceil(STACK_PAGE).min(MAX_STACK_PAGES) as u32;
+        let pace = Pace { threshold_ns: options.threshold_ns, capture_age_ns, stack_pages };
+        let (kernel, rings) = Kernel::load(pace, options.talk)?;
         let mut live = Self {
             since_ns: process::monotonic_ns(),
             kernel,
             // SAFETY: the ring buffer owns its descriptor and keeps it open as long as it lives.
-            records: unsafe { AsyncFd::register(records) }
+            records: unsafe { AsyncFd::register(rings.records) }
                 .map_err(io::Error::from)
                 .context("wait for the ring buffer")?,
+            pages: StackPages::new(rings.stacks),
+            naming: Naming::start()?,
             options,
             targets: HashMap::new(),
             loops: HashMap::new(),
             cost: CostMeter::default(),
             notices: Vec::new(),
             finished: Vec::new(),
-            unsymbolized: 0,
             unknown_records: 0,
         };
         for &pid in pids {
@@ -143,6 +153,7 @@ impl Live {
                 None
             }
         };
+        self.naming.prepare(pid);
         let uses_uvloop = process::uses_uvloop(pid);
         let layout = python.as_ref().map(|python| python.interpreter.layout());
         self.kernel.watch_process(pid, layout.as_ref())?;
@@ -153,18 +164,44 @@ impl Live {
 
     /// Waits until records are there.
     pub async fn readable(&self) -> Result<()> {
-        self.records.readable().await.context("wait for records")?.clear_ready();
+        tokio::select! {
+            ready = self.records.readable() => ready.context("wait for records")?.clear_ready(),
+            () = self.naming.readable() => {}
+        }
         Ok(())
     }
 
-    /// Takes all records that are there and appends what they mean.
+    /// Takes all records that are there and appends what they mean, and what earlier ones meant that is known only now.
     pub fn drain(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        let mut fresh = Vec::new();
+        self.take_records(&mut fresh)?;
+        self.hand_on(fresh, events);
+        Ok(())
+    }
+
+    /// Takes what is left, and waits for what is still being named.
+    pub fn finish(&mut self, events: &mut Vec<Event>) -> Result<()> {
+        self.drain(events)?;
+        self.naming.finish(events);
+        Ok(())
+    }
+
+    /// Everything goes out in the order it came, and so behind the stacks that are being named.
+    fn hand_on(&mut self, mut fresh: Vec<Event>, events: &mut Vec<Event>) {
+        self.pass_events(&mut fresh);
+        self.naming.release(events);
+    }
+
+    fn take_records(&mut self, events: &mut Vec<Event>) -> Result<()> {
         // A record is copied out before it is understood: its place is free for the next ones meanwhile.
         while let Some(record) = self.records.get_mut().next().map(|bytes| decode(&bytes)) {
             match record {
                 Ok(Record::Capture(record)) => {
-                    if let Some(event) = self.capture(&record, Freshness::Unknown) {
-                        events.push(event);
+                    let copy = self.pages.take(&record);
+                    if let Some(capture) = self.capture(&record, Freshness::Unknown) {
+                        let seen = self.seen(&record, capture, copy);
+                        self.pass_events(events);
+                        self.naming.pass(seen);
                     }
                 }
                 Ok(Record::Step(record)) => events.push(Event::Step(step(&record))),
@@ -177,7 +214,7 @@ impl Live {
                     };
                     self.polled(found, Standing::Idle, events)?;
                 }
-                Err(_) => self.unknown_records += 1,
+                Ok(Record::StackPage(_)) | Err(_) => self.unknown_records += 1,
             }
         }
         Ok(())
@@ -186,6 +223,12 @@ impl Live {
     /// Lets go of threads and processes that are gone. Call it regularly: what the kernel programs cost is measured
     /// on the way.
     pub fn reap(&mut self, events: &mut Vec<Event>) {
+        let mut fresh = Vec::new();
+        self.reap_gone(&mut fresh);
+        self.hand_on(fresh, events);
+    }
+
+    fn reap_gone(&mut self, events: &mut Vec<Event>) {
         self.cost.turn(&self.kernel);
         self.kernel.flush_log();
         self.relax();
@@ -211,6 +254,7 @@ impl Live {
         }
         for target in self.targets.values().filter(|target| target.ended) {
             self.kernel.unwatch_process(target.pid);
+            self.naming.forget(target.pid);
         }
     }
 
@@ -239,7 +283,7 @@ impl Live {
             now_ns: process::monotonic_ns(),
             threads: self.finished.iter().cloned().chain(threads).collect(),
             lost_records: self.kernel.counts().lost + self.unknown_records,
-            unsymbolized: self.unsymbolized,
+            unsymbolized: self.naming.unnamed(),
             self_cpu: process::own_cpu() + self.cost.total(),
         }
     }
@@ -253,6 +297,8 @@ impl Live {
     }
 
     pub fn take_notices(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.notices)
+        let mut notices = std::mem::take(&mut self.notices);
+        notices.extend(self.naming.take_notices());
+        notices
     }
 }

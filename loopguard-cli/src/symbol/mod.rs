@@ -1,0 +1,138 @@
+//! Turns what the kernel copied of a thread's stack into named frames, Python's among them.
+//!
+//! [`space`] says which file an address is in ([`maps`], [`object`]), [`unwind`] follows the calls by what [`cfi`] reads,
+//! [`names`] names them and [`origin`] says whose they are, [`join`] puts the Python frames in their place. All of it runs
+//! on a thread of its own, behind [`naming`].
+
+mod cfi;
+pub mod join;
+mod maps;
+mod names;
+pub mod naming;
+mod object;
+mod origin;
+mod space;
+pub mod unwind;
+
+use std::{collections::HashMap, fs, sync::Arc};
+
+use crate::core::event::Stack;
+use cfi::{Row, Rows};
+use join::{Ends, NativeCall, PythonRun, join};
+use names::Names;
+use object::{Object, Objects};
+use space::{AddressSpace, NoPlace, Place};
+use unwind::{Call, End, FindRow, Missing, StackCopy, unwind};
+
+/// What is to be named.
+#[derive(Clone, Debug, Default)]
+pub struct RawStack {
+    pub pid: u32,
+    pub copy: StackCopy,
+    pub python: Vec<PythonRun>,
+    /// Why the outermost Python frames are missing, if they are.
+    pub python_incomplete: Option<&'static str>,
+}
+
+/// A stack with names, and how many of its native calls have none.
+#[derive(Clone, Debug, Default)]
+pub struct NamedStack {
+    pub stack: Stack,
+    pub unnamed: u64,
+    pub calls: Vec<Call>,
+    pub end: Option<End>,
+}
+
+/// Unwinds and names the stacks of any number of processes. What it remembers is bounded, and shared between processes
+/// that map the same files.
+#[derive(Default)]
+pub struct Stacks {
+    processes: HashMap<u32, Process>,
+    objects: Objects,
+    rows: Rows,
+    names: Names,
+}
+
+struct Process {
+    space: AddressSpace,
+    executable: String,
+}
+
+impl Process {
+    fn new(pid: u32) -> Self {
+        let executable = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        let executable = executable.to_string_lossy();
+        let executable = executable.strip_suffix(" (deleted)").unwrap_or(&executable).to_owned();
+        Self { space: AddressSpace::new(pid), executable }
+    }
+}
+
+impl Stacks {
+    /// Reads what a process maps, and its executable's names, before they are needed.
+    pub fn prepare(&mut self, pid: u32) {
+        let process = self.processes.entry(pid).or_insert_with(|| Process::new(pid));
+        process.space.refresh();
+        if let Some(place) = process.space.first_of(&mut self.objects, &process.executable) {
+            let _ = place.object.row(place.address);
+            self.names.name(pid, &process.executable, &place);
+        }
+    }
+
+    pub fn forget(&mut self, pid: u32) {
+        self.processes.remove(&pid);
+    }
+
+    pub fn name(&mut self, raw: &RawStack) -> NamedStack {
+        let process = self.processes.entry(raw.pid).or_insert_with(|| Process::new(raw.pid));
+        let mut places = Places {
+            space: &mut process.space,
+            objects: &mut self.objects,
+            rows: &mut self.rows,
+            found: Vec::with_capacity(64),
+        };
+        let (calls, end) = unwind(&raw.copy, &mut places);
+        let found = places.found;
+        let mut unnamed = 0;
+        let native: Vec<NativeCall> = calls
+            .iter()
+            .zip(found)
+            .map(|(call, place)| {
+                let named = match place {
+                    Some(place) => self.names.name(raw.pid, &process.executable, &place),
+                    None => names::unplaced(call.address),
+                };
+                unnamed += u64::from(named.is_unnamed);
+                NativeCall { sp: call.sp, cfa: call.cfa, frames: named.frames, is_eval: named.is_eval }
+            })
+            .collect();
+        let ends = Ends { native: end.reason(), python: raw.python_incomplete };
+        NamedStack { stack: join(&native, &raw.python, ends), unnamed, calls, end: Some(end) }
+    }
+
+    /// Files found to have no names since the last call.
+    fn take_nameless(&mut self) -> Vec<Arc<Object>> {
+        self.names.take_nameless()
+    }
+}
+
+/// Finds rows for the unwinder and remembers where each address stands.
+struct Places<'a> {
+    space: &'a mut AddressSpace,
+    objects: &'a mut Objects,
+    rows: &'a mut Rows,
+    found: Vec<Option<Place>>,
+}
+
+impl FindRow for Places<'_> {
+    fn row(&mut self, address: u64) -> Result<Arc<Row>, Missing> {
+        let place = self.space.place(self.objects, address);
+        self.found.push(place.clone().ok());
+        match place {
+            Ok(place) => {
+                let key = (place.object.id, place.address);
+                self.rows.get(key, || place.object.row(place.address)).map_err(Missing::Row)
+            }
+            Err(NoPlace::Unmapped | NoPlace::NoFile) => Err(Missing::Module),
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Turns places in files into functions, files and lines: those that were inlined there too.
+
+use std::{collections::HashMap, path::Path, sync::Arc};
+
+use blazesym::symbolize::{
+    CodeInfo, Input, Symbolized, Symbolizer,
+    source::{Elf, Source},
+};
+
+use super::{
+    object::{Object, debug_file},
+    origin::{Module, origin},
+    space::Place,
+};
+use crate::core::event::{Frame, FrameKind, Origin};
+
+/// Places kept at a time; a large server runs through some thousands.
+const MAX_PLACES: usize = 65_536;
+const MAX_NAME: usize = 512;
+const MAX_PATH: usize = 1024;
+/// Inlined functions at one place.
+const MAX_INLINED: usize = 64;
+
+/// The function at a place and what was inlined into it there, innermost first.
+#[derive(Clone, Debug)]
+pub struct Named {
+    pub frames: Arc<[Arc<Frame>]>,
+    /// No function's name could be found.
+    pub is_unnamed: bool,
+    /// The interpreter's evaluation loop, in which Python frames run.
+    pub is_eval: bool,
+}
+
+/// Names places and remembers the answers by file and address: a file is the same in all processes that map it.
+pub struct Names {
+    symbolizer: Symbolizer,
+    known: HashMap<(u32, u64), Named>,
+    sources: HashMap<u32, Source<'static>>,
+    /// Files in which a name was not found, once each.
+    nameless: HashMap<u32, Arc<Object>>,
+    new_nameless: Vec<Arc<Object>>,
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        let symbolizer = Symbolizer::builder().enable_auto_reload(false).build();
+        Self {
+            symbolizer,
+            known: HashMap::new(),
+            sources: HashMap::new(),
+            nameless: HashMap::new(),
+            new_nameless: Vec::new(),
+        }
+    }
+}
+
+impl Names {
+    pub fn name(&mut self, pid: u32, executable: &str, place: &Place) -> Named {
+        let key = (place.object.id, place.address);
+        if let Some(known) = self.known.get(&key) {
+            return known.clone();
+        }
+        if self.known.len() >= MAX_PLACES {
+            self.known.clear();
+        }
+        let named = self.look_up(pid, executable, place);
+        if named.is_unnamed && self.nameless.insert(place.object.id, place.object.clone()).is_none() {
+            self.new_nameless.push(place.object.clone());
+        }
+        self.known.insert(key, named.clone());
+        named
+    }
+
+    /// Files that were found to lack names since the last call.
+    pub fn take_nameless(&mut self) -> Vec<Arc<Object>> {
+        std::mem::take(&mut self.new_nameless)
+    }
+
+    fn look_up(&mut self, pid: u32, executable: &str, place: &Place) -> Named {
+        let object = &place.object;
+        let source = self.sources.entry(object.id).or_insert_with(|| source(pid, object));
+        let module = Module { path: &object.path, is_executable: object.path == executable };
+        let found = self.symbolizer.symbolize_single(source, Input::VirtOffset(place.address));
+        let Ok(Symbolized::Sym(symbol)) = found else {
+            let function = format!("{}+{:#x}", object.name(), place.address);
+            let frame = frame(&module, Name::Offset(function), None);
+            return Named { frames: [frame].into(), is_unnamed: true, is_eval: false };
+        };
+        let is_eval = symbol.name == EVAL || symbol.name.strip_prefix(EVAL).is_some_and(|rest| rest.starts_with('.'));
+        // Outermost first: the location of each is where it stands in that function.
+        let outer = frame(&module, Name::Function(symbol.name.into_owned()), symbol.code_info.as_deref());
+        let inlined = symbol.inlined.iter().take(MAX_INLINED);
+        let inlined =
+            inlined.map(|inner| frame(&module, Name::Function(inner.name.to_string()), inner.code_info.as_ref()));
+        let mut frames: Vec<Arc<Frame>> = std::iter::once(outer).chain(inlined).collect();
+        frames.reverse();
+        Named { frames: frames.into(), is_unnamed: false, is_eval }
+    }
+}
+
+/// The function in which CPython runs frames (`Python/ceval.c`); compilers move its rare parts to `.cold`.
+const EVAL: &str = "_PyEval_EvalFrameDefault";
+
+fn source(pid: u32, object: &Object) -> Source<'static> {
+    // Split debug information lies beside the file, so it has to be opened by its own name.
+    let by_name = format!("/proc/{pid}/root{}", object.path);
+    if Path::new(&format!("{by_name}.dwp")).exists() {
+        return Source::Elf(Elf::new(by_name));
+    }
+    Source::Elf(Elf::new(debug_file(pid, object).unwrap_or_else(|| object.own_path())))
+}
+
+enum Name {
+    Function(String),
+    /// `file+0x1234`.
+    Offset(String),
+}
+
+fn frame(module: &Module, name: Name, at: Option<&CodeInfo>) -> Arc<Frame> {
+    let file = at.map(file);
+    let (function, known) = match name {
+        Name::Function(name) => (name, true),
+        Name::Offset(name) => (name, false),
+    };
+    let origin = origin(module, known.then_some(&function), file.as_deref());
+    Arc::new(Frame {
+        kind: FrameKind::Native,
+        origin,
+        function: bounded(function, MAX_NAME),
+        file: file.map(|file| bounded(file, MAX_PATH)),
+        line: at.and_then(|at| at.line),
+        module: Some(module.path.to_owned()),
+    })
+}
+
+fn file(at: &CodeInfo) -> String {
+    let path = at.to_path();
+    let text = path.to_string_lossy();
+    text.replace("/./", "/")
+}
+
+fn bounded(mut text: String, limit: usize) -> String {
+    if text.len() > limit {
+        let end = (0..=limit).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
+/// A call at an address that is in no file.
+pub fn unplaced(address: u64) -> Named {
+    let frame = Frame {
+        kind: FrameKind::Native,
+        origin: Origin::Library,
+        function: format!("{address:#x}"),
+        file: None,
+        line: None,
+        module: None,
+    };
+    Named { frames: [Arc::new(frame)].into(), is_unnamed: true, is_eval: false }
+}

@@ -1,0 +1,263 @@
+//! Names stacks on a thread of its own and hands events on in order, each when its stack is ready.
+//!
+//! The first look into a large file takes long. Meanwhile records are taken from the kernel as ever; only what comes out
+//! waits, and not without end.
+
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, SyncSender, TrySendError},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use tokio::sync::Notify;
+
+use super::{NamedStack, RawStack, Stacks, object::Object};
+use crate::core::event::{Capture, Event, Stack};
+
+/// Stacks that may wait to be named: some 40 MB of copies.
+const MAX_QUEUED: usize = 1024;
+/// Events that may wait for the stack of an earlier one.
+const MAX_HELD: usize = 65_536;
+/// How long an event waits at most.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+const QUEUE_FULL: &str = "too many stacks waited to be named";
+const TOO_SLOW: &str = "naming its functions took too long";
+const FAILED: &str = "its functions could not be named";
+
+/// Events on their way to the core.
+pub struct Naming {
+    /// `None` once it is over.
+    work: Option<SyncSender<Work>>,
+    done: Receiver<Done>,
+    ready: Arc<Notify>,
+    held: VecDeque<Held>,
+    next_ticket: u64,
+    unnamed: u64,
+    notices: Vec<String>,
+}
+
+/// What comes from a source.
+pub enum Seen {
+    /// An event whose stack, if it has one, is as good as it gets.
+    Event(Event),
+    /// A capture that holds its Python frames, and what its full stack is to be made of.
+    WithStack(Capture, Box<RawStack>),
+}
+
+enum Work {
+    Prepare(u32),
+    Forget(u32),
+    Name(u64, Box<RawStack>),
+}
+
+enum Done {
+    Stack(u64, Box<NamedStack>),
+    Nameless(String),
+}
+
+struct Held {
+    event: Event,
+    /// Of the stack it waits for.
+    ticket: Option<u64>,
+    since: Instant,
+}
+
+impl Naming {
+    pub fn start() -> Result<Self> {
+        let (work, to_do) = mpsc::sync_channel(MAX_QUEUED);
+        let (report, done) = mpsc::channel();
+        let ready = Arc::new(Notify::new());
+        let notify = ready.clone();
+        thread::Builder::new()
+            .name("loopguard-names".to_owned())
+            .spawn(move || run(&to_do, &report, &notify))
+            .context("start the thread that names stacks")?;
+        Ok(Self {
+            work: Some(work),
+            done,
+            ready,
+            held: VecDeque::new(),
+            next_ticket: 0,
+            unnamed: 0,
+            notices: Vec::new(),
+        })
+    }
+
+    /// A process is about to be watched: what it maps is better read before it is needed.
+    pub fn prepare(&self, pid: u32) {
+        self.send(Work::Prepare(pid));
+    }
+
+    pub fn forget(&self, pid: u32) {
+        self.send(Work::Forget(pid));
+    }
+
+    fn send(&self, work: Work) {
+        if let Some(to) = &self.work {
+            // Both are only better done than not.
+            let _ = to.try_send(work);
+        }
+    }
+
+    /// Takes what follows on what was taken before.
+    pub fn pass(&mut self, seen: Seen) {
+        let (mut capture, raw) = match seen {
+            Seen::Event(event) => return self.hold(event, None),
+            Seen::WithStack(capture, raw) => (capture, raw),
+        };
+        let ticket = self.next_ticket;
+        let sent = self.work.as_ref().map(|work| work.try_send(Work::Name(ticket, raw)));
+        match sent {
+            Some(Ok(())) => {
+                self.next_ticket += 1;
+                self.hold(Event::Capture(capture), Some(ticket));
+            }
+            Some(Err(TrySendError::Full(_))) => {
+                mark(&mut capture, QUEUE_FULL);
+                self.hold(Event::Capture(capture), None);
+            }
+            Some(Err(TrySendError::Disconnected(_))) | None => {
+                mark(&mut capture, FAILED);
+                self.hold(Event::Capture(capture), None);
+            }
+        }
+    }
+
+    fn hold(&mut self, event: Event, ticket: Option<u64>) {
+        self.held.push_back(Held { event, ticket, since: Instant::now() });
+    }
+
+    /// Appends the events that are ready, in the order they came.
+    pub fn release(&mut self, events: &mut Vec<Event>) {
+        while let Ok(done) = self.done.try_recv() {
+            self.take(done);
+        }
+        while let Some(first) = self.held.front() {
+            let has_waited = self.held.len() > MAX_HELD || first.since.elapsed() > PATIENCE;
+            if first.ticket.is_some() && !has_waited {
+                break;
+            }
+            let Some(Held { mut event, ticket, .. }) = self.held.pop_front() else { break };
+            if let (Event::Capture(capture), Some(_)) = (&mut event, ticket) {
+                mark(capture, TOO_SLOW);
+            }
+            events.push(event);
+        }
+    }
+
+    fn take(&mut self, done: Done) {
+        match done {
+            Done::Nameless(notice) => self.notices.push(notice),
+            Done::Stack(ticket, named) => {
+                self.unnamed += named.unnamed;
+                // Stacks come back in the order they went.
+                let waiting = self.held.iter_mut().find(|held| held.ticket.is_some());
+                if let Some(held) = waiting.filter(|held| held.ticket == Some(ticket)) {
+                    held.ticket = None;
+                    if let Event::Capture(capture) = &mut held.event {
+                        capture.stack = Arc::new(named.stack);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits until a stack was named. Does not end as long as none is.
+    pub async fn readable(&self) {
+        self.ready.notified().await;
+    }
+
+    /// Waits for all stacks there are and releases everything.
+    pub fn finish(&mut self, events: &mut Vec<Event>) {
+        let until = Instant::now() + PATIENCE;
+        while self.held.iter().any(|held| held.ticket.is_some()) {
+            match self.done.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(done) => self.take(done),
+                Err(_) => break,
+            }
+        }
+        for held in self.held.drain(..) {
+            let mut event = held.event;
+            if let (Event::Capture(capture), Some(_)) = (&mut event, held.ticket) {
+                mark(capture, TOO_SLOW);
+            }
+            events.push(event);
+        }
+    }
+
+    /// Native calls that have no name.
+    pub fn unnamed(&self) -> u64 {
+        self.unnamed
+    }
+
+    pub fn take_notices(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notices)
+    }
+}
+
+/// Says why only the Python frames are there.
+fn mark(capture: &mut Capture, why: &'static str) {
+    let stack = Arc::make_mut(&mut capture.stack);
+    stack.incomplete = Some(why);
+}
+
+fn run(to_do: &Receiver<Work>, report: &mpsc::Sender<Done>, ready: &Notify) {
+    let mut stacks = Stacks::default();
+    while let Ok(work) = to_do.recv() {
+        match work {
+            Work::Prepare(pid) => {
+                let _ = guarded(&mut stacks, |stacks| stacks.prepare(pid));
+            }
+            Work::Forget(pid) => stacks.forget(pid),
+            Work::Name(ticket, raw) => {
+                let named = guarded(&mut stacks, |stacks| stacks.name(&raw)).unwrap_or_else(|| {
+                    let frames = raw.python.iter().flat_map(|run| run.frames.iter().cloned()).collect();
+                    NamedStack { stack: Stack { frames, incomplete: Some(FAILED) }, ..NamedStack::default() }
+                });
+                if report.send(Done::Stack(ticket, Box::new(named))).is_err() {
+                    return;
+                }
+                ready.notify_one();
+            }
+        }
+        for object in stacks.take_nameless() {
+            for notice in advice(&object) {
+                let _ = report.send(Done::Nameless(notice));
+            }
+        }
+    }
+}
+
+/// The files of a target may hold anything. Should a library that reads them fail on one, that costs this one stack and
+/// what was remembered.
+fn guarded<T>(stacks: &mut Stacks, work: impl FnOnce(&mut Stacks) -> T) -> Option<T> {
+    let done = catch_unwind(AssertUnwindSafe(|| work(stacks)));
+    if done.is_err() {
+        *stacks = Stacks::default();
+    }
+    done.ok()
+}
+
+/// Which debug information would help; nothing when the file does have names, only not for this place.
+fn advice(object: &Object) -> Vec<String> {
+    if object.image.section(".symtab").is_some() {
+        return Vec::new();
+    }
+    let name = object.name();
+    let mut advice = vec![
+        format!("{} is stripped: functions without a name are shown as {name}+offset", object.path),
+        format!("for names in {name}, build it with: Cargo strip = false, debug = \"line-tables-only\"; C and C++ -g"),
+    ];
+    if let [first, rest @ ..] = object.build_id.as_slice() {
+        let rest: String = rest.iter().map(|byte| format!("{byte:02x}")).collect();
+        advice.push(format!("or install its debug information as /usr/lib/debug/.build-id/{first:02x}/{rest}.debug"));
+    }
+    advice
+}

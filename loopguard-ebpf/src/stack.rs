@@ -1,0 +1,77 @@
+//! Copies the top of a loop thread's user stack page by page, and sends the pages ahead of their capture.
+
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid,
+    generated::{bpf_probe_read_user, bpf_ringbuf_output},
+};
+use loopguard_common::records::{Counter, MAX_STACK_PAGES, RecordHeader, RecordKind, STACK_PAGE, StackPage};
+
+use crate::maps::{STACK_PAGES, STACKS, count};
+
+/// Pages copied of one stack, set at load.
+#[unsafe(no_mangle)]
+static STACK_PAGE_LIMIT: u32 = 0;
+
+/// `BPF_RB_NO_WAKEUP` (linux/bpf.h): the capture that follows wakes user space.
+const NO_WAKEUP: u64 = 1;
+
+#[inline(always)]
+fn limit() -> u32 {
+    // SAFETY: set before the program is loaded: it must be read, not taken for what stands here.
+    unsafe { core::ptr::read_volatile(&raw const STACK_PAGE_LIMIT) }
+}
+
+/// Copies the current thread's stack from the page of `sp` on, up to the first page that is not there. Returns how many
+/// pages that were.
+#[inline(never)]
+pub fn copy(slot: u32, tid: u32, at_ns: u64, sp: u64) -> u32 {
+    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    let first = sp & !(STACK_PAGE as u64 - 1);
+    let limit = limit();
+    let mut copied = 0;
+    for i in 0..MAX_STACK_PAGES as u32 {
+        if i >= limit {
+            break;
+        }
+        let Some(page) = STACK_PAGES.get_ptr_mut(slot * limit + i) else { break };
+        // SAFETY: a slot belongs to one thread.
+        let page = unsafe { &mut *page };
+        let address = first + u64::from(i) * STACK_PAGE as u64;
+        let to = (&raw mut page.bytes).cast();
+        // SAFETY: `bytes` has that many; any user address may be asked for.
+        if unsafe { bpf_probe_read_user(to, STACK_PAGE as u32, address as *const _) } != 0 {
+            break;
+        }
+        page.header = RecordHeader { kind: RecordKind::StackPage as u32, tgid, tid, _pad: 0 };
+        page.at_ns = at_ns;
+        page.address = address;
+        copied = i + 1;
+    }
+    copied
+}
+
+/// Sends the first `pages` that [`copy`] left.
+#[inline(never)]
+pub fn send(slot: u32, pages: u32) -> u32 {
+    let limit = limit();
+    for i in 0..MAX_STACK_PAGES as u32 {
+        if i >= pages || i >= limit {
+            break;
+        }
+        let Some(page) = STACK_PAGES.get_ptr_mut(slot * limit + i) else { break };
+        // SAFETY: a whole page.
+        let sent = unsafe {
+            bpf_ringbuf_output(
+                (&raw const STACKS).cast_mut().cast(),
+                page.cast(),
+                size_of::<StackPage>() as u64,
+                NO_WAKEUP,
+            )
+        };
+        if sent != 0 {
+            count(Counter::LostStackPages);
+            break;
+        }
+    }
+    0
+}
