@@ -16,8 +16,9 @@ use tokio::{
 use crate::{
     args::{self, Format},
     core::{
-        event::{Event, LoopInfo, StepMarks},
+        event::{Event, LoopInfo, StepMarks, TickCounts},
         profile::{Profile, Settings},
+        status::{Status, ThreadStatus},
         summary::Measured,
     },
     sink::{
@@ -60,8 +61,12 @@ pub fn run(arguments: &args::Attach) -> Result<Outcome> {
 }
 
 async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome> {
+    let settings = Settings::fixed(arguments.threshold.as_nanos() as u64);
     let options = Options {
-        threshold_ns: arguments.threshold.as_nanos() as u64,
+        threshold_ns: settings.threshold.initial_ns(),
+        cumulative: settings.cumulative,
+        capture_after_ns: None,
+        sample_every_ns: None,
         steps: match arguments.steps {
             args::Steps::Auto => Steps::Auto,
             args::Steps::Off => Steps::Off,
@@ -72,7 +77,7 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
     let mut stop = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let pids: BTreeSet<u32> = arguments.pids.iter().copied().collect();
     let mut live = Live::attach(&pids, options)?;
-    let mut profile = Profile::new(Settings::fixed(options.threshold_ns));
+    let mut profile = Profile::new(settings);
     let mut events = Vec::new();
     live.scan(&mut events)?;
 
@@ -101,6 +106,9 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
                 sink.update(&update).map_err(output_error)?;
             }
         }
+        for (tid, threshold_ns, told_from_ns) in profile.thresholds() {
+            live.set_threshold(tid, threshold_ns, told_from_ns)?;
+        }
         if live.all_ended() {
             say(if arguments.pids.len() == 1 { "the process has ended" } else { "the processes have ended" });
             break;
@@ -121,7 +129,11 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
                     }
                 }
             }
-            _ = status.tick() => sink.status(&live.status()).map_err(output_error)?,
+            _ = status.tick() => {
+                let status = live.status();
+                events.extend(tick_counts(&status));
+                sink.status(&status).map_err(output_error)?;
+            }
             _ = sleep_until(end) => break,
             _ = stop.0.recv() => break,
             _ = stop.1.recv() => break,
@@ -147,6 +159,14 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
         );
     }
     Ok(Outcome { blocks: profile.blocks() })
+}
+
+/// What an adaptive threshold follows.
+fn tick_counts(status: &Status) -> impl Iterator<Item = Event> {
+    status.threads.iter().filter(|thread| !thread.is_gone).map(|thread| {
+        let ThreadStatus { info, tick_histogram: histogram, .. } = thread;
+        Event::Ticks(TickCounts { tid: info.tid, now_ns: status.now_ns, histogram: *histogram })
+    })
 }
 
 fn open_sink(arguments: &args::Attach) -> Result<Box<dyn Sink>> {

@@ -5,6 +5,7 @@
 //! last one to that state: the parts sum to the whole by construction.
 
 use crate::records::{MAX_WAITS, OffCpu, SYSCALL_OTHER, Wait};
+use crate::short::ShortSum;
 
 /// Buckets of the tick histogram: bucket `n` counts ticks of `2^(n-1)..2^n` microseconds.
 pub const TICK_BUCKETS: usize = 24;
@@ -51,11 +52,13 @@ pub struct LoopClock {
     pub ticks: u64,
     pub busy_ns: u64,
     pub tick_histogram: [u32; TICK_BUCKETS],
+    /// Steps below the threshold that count.
+    pub short: ShortSum,
     /// Waits of the current step.
     pub waits: [Wait; MAX_WAITS],
 }
 
-const _: () = assert!(size_of::<LoopClock>() == 11 * 8 + 6 * 4 + 4 * 8 + TICK_BUCKETS * 4 + MAX_WAITS * 24);
+const _: () = assert!(size_of::<LoopClock>() == 11 * 8 + 6 * 4 + 4 * 8 + TICK_BUCKETS * 4 + 24 + MAX_WAITS * 24);
 
 /// A step that just ended: the rest is still in the clock until [`LoopClock::begin_step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,4 +12,5 @@
 pub mod clock;
 pub mod layout;
 pub mod records;
+pub mod short;
 pub mod walk;

@@ -3,6 +3,8 @@
 //! All times are `CLOCK_MONOTONIC` nanoseconds (`bpf_ktime_get_ns`). Thread and process ids are those of the
 //! initial pid namespace. Every struct is `repr(C)` with explicit padding, so that bytes mean the same on both sides.
 
+use crate::short::ShortPace;
+
 /// Interpreter frames one capture can hold; a minimal FastAPI request is 40 to 55 deep.
 pub const MAX_FRAMES: usize = 128;
 /// Different waits one step keeps apart; the last slot collects the rest as [`SYSCALL_OTHER`].
@@ -61,8 +63,10 @@ pub struct Wait {
 pub const STEP_PROBED: u32 = 1;
 /// The step was already running when loopguard came: its start is that moment.
 pub const STEP_CUT_AT_ATTACH: u32 = 2;
+/// The step is below the threshold, and those like it may add up.
+pub const STEP_ADDS_UP: u32 = 1 << 16;
 
-/// A step that reached the threshold and has ended.
+/// A step that has ended and reached the threshold, or is one of many short ones that may add up.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepRecord {
@@ -222,6 +226,9 @@ pub const THREAD_STEPS_CONTEXT_RUN: u32 = 2;
 /// `PyContext_Enter` marks this thread's steps (uvloop).
 pub const THREAD_STEPS_CONTEXT_ENTER: u32 = 4;
 
+/// Steps below the threshold are told from the floor on, whatever their sum.
+pub const THREAD_TELLS_SHORT: u32 = 1 << 16;
+
 /// What user space tells the kernel programs about one loop thread; by slot. What every edge needs comes first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -244,6 +251,8 @@ pub struct LoopThread {
     pub native_thread_id: u64,
     /// Address ranges that hold the GIL's futexes: `_PyRuntime` and the interpreter state.
     pub gil: [AddressRange; 2],
+    /// Which steps below the threshold are told.
+    pub short: ShortPace,
 }
 
 #[repr(C)]
@@ -282,7 +291,7 @@ const _: () =
     assert!(offset_of!(CaptureRecord, frames) == 16 + 8 + 6 * 8 + 24 + (REGISTERS + FUTEX_WORDS + 1) * 8 + 16 + 792);
 const _: () = assert!(size_of::<StackPage>() == 32 + STACK_PAGE);
 const _: () = assert!(size_of::<PollRecord>() == 32);
-const _: () = assert!(size_of::<LoopThread>() == 88);
+const _: () = assert!(size_of::<LoopThread>() == 88 + 24);
 
 use core::mem::offset_of;
 

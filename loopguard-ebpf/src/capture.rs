@@ -8,10 +8,10 @@ use aya_ebpf::{
     programs::PerfEventContext,
 };
 use loopguard_common::{
-    clock::{BACKOFF_STEP, BACKOFF_TICK, CapturePace},
+    clock::{BACKOFF_STEP, BACKOFF_TICK, CapturePace, LoopClock},
     records::{
         CaptureCause, LoopThread, REGISTER_SP, REGISTERS, RecordHeader, RecordKind, SYSCALL_NONE,
-        THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, WalkStatus,
+        THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_TELLS_SHORT, WalkStatus,
     },
     walk::{Memory, PyThread, snapshot_request, walk_frames},
 };
@@ -74,10 +74,14 @@ impl UserRegisters {
 }
 
 #[inline(always)]
-pub fn pace(thread: &LoopThread) -> CapturePace {
+pub fn pace(thread: &LoopThread, clock: &LoopClock, now: u64) -> CapturePace {
     let probed = thread.flags & (THREAD_STEPS_CONTEXT_RUN | THREAD_STEPS_CONTEXT_ENTER) != 0;
     CapturePace {
-        age_ns: thread.capture_age_ns,
+        age_ns: if thread.flags & THREAD_TELLS_SHORT != 0 || clock.short.is_enough(now, &thread.short) {
+            thread.capture_age_ns.min(thread.short.floor_ns / 2)
+        } else {
+            thread.capture_age_ns
+        },
         gap_ns: thread.capture_gap_ns,
         backoff_shift: if probed { BACKOFF_STEP } else { BACKOFF_TICK },
     }
@@ -124,7 +128,7 @@ pub fn on_sample(_ctx: PerfEventContext) -> u32 {
     if let Some(target) = watched(tid) {
         // SAFETY: a helper without conditions.
         let now = unsafe { bpf_ktime_get_ns() };
-        if target.clock.capture_due(now, pace(target.thread)) {
+        if target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
             let registers = user_registers();
             if let Some(buffer) = capture_buffer(target.slot) {
                 buffer.record.cause = CaptureCause::Sample as u32;

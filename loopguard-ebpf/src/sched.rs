@@ -96,7 +96,7 @@ fn switched_in(target: Watched) {
         return;
     }
     target.clock.capture_pending = 0;
-    if target.clock.capture_due(now, pace(target.thread))
+    if target.clock.capture_due(now, pace(target.thread, target.clock, now))
         && let Some(buffer) = capture_buffer(target.slot)
     {
         buffer.record.until_ns = now;

@@ -5,15 +5,34 @@ use loopguard_common::{
     clock::{EndedStep, LoopClock},
     records::{
         CAPTURE_BASE, CaptureRecord, Counter, LoopThread, MAX_FRAMES, PollRecord, RawFrame, RecordHeader, RecordKind,
-        StepRecord,
+        STEP_ADDS_UP, StepRecord, THREAD_TELLS_SHORT,
     },
 };
 
 use crate::maps::{RECORDS, count};
 
 #[inline(always)]
-pub fn step_if_long(thread: &LoopThread, clock: &LoopClock, ended: EndedStep) {
-    if ended.duration_ns() >= thread.threshold_ns {
+pub fn step_if_long(thread: &LoopThread, clock: &mut LoopClock, ended: EndedStep) {
+    let duration = ended.duration_ns();
+    if duration >= thread.threshold_ns {
+        step(thread, clock, ended);
+    } else if duration >= thread.short.floor_ns {
+        step_if_it_adds_up(thread, clock, ended);
+    }
+}
+
+/// Time without a CPU is not the loop's doing.
+#[inline(never)]
+fn step_if_it_adds_up(thread: &LoopThread, clock: &mut LoopClock, ended: EndedStep) {
+    let own_ns = ended.duration_ns().saturating_sub(clock.off_cpu().run_queue_ns);
+    if own_ns < thread.short.floor_ns {
+        return;
+    }
+    let adds_up = clock.short.add(ended.end_ns, own_ns, &thread.short);
+    if adds_up {
+        clock.step_flags |= STEP_ADDS_UP;
+    }
+    if adds_up || thread.flags & THREAD_TELLS_SHORT != 0 {
         step(thread, clock, ended);
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::cut::same_owner;
 use super::event::{LoopInfo, Owner, Stack};
 use super::hint;
-use super::incident::{Attribution, Blame, Cumulative, LineShare, OwnerShare, Split, user_line};
+use super::incident::{Attribution, Blame, Cumulative, LineShare, OwnerShare, Split, WaitTotal, user_line};
 
 /// Steps of one loop that are remembered; two windows at the default floor hold 400.
 const MAX_RECENT: usize = 2048;
@@ -51,12 +51,13 @@ pub struct ShortStep {
     pub start_ns: u64,
     pub end_ns: u64,
     pub split: Split,
+    pub waits: Vec<WaitTotal>,
     pub blame: Blame,
 }
 
 impl ShortStep {
     /// How long it held the loop by its own doing.
-    fn own_ns(&self) -> u64 {
+    pub fn own_ns(&self) -> u64 {
         self.split.total_ns().saturating_sub(self.split.run_queue_ns)
     }
 }
@@ -101,6 +102,7 @@ struct Episode {
     end_ns: u64,
     split: Split,
     count: u64,
+    waits: Vec<WaitTotal>,
     owners: Vec<OwnerShare>,
     lines: Vec<LineShare>,
     tell_at_ns: u64,
@@ -228,6 +230,7 @@ impl Episode {
             end_ns: 0,
             split: Split::default(),
             count: 0,
+            waits: Vec::new(),
             owners: Vec::new(),
             lines: Vec::new(),
             tell_at_ns: ONGOING_AFTER_NS,
@@ -250,6 +253,14 @@ impl Episode {
         self.end_ns = self.end_ns.max(step.end_ns);
         self.split = self.split.plus(&step.split);
         self.count += 1;
+        for wait in &step.waits {
+            let is_known = |known: &&mut WaitTotal| known.syscall == wait.syscall && known.on == wait.on;
+            if let Some(known) = self.waits.iter_mut().find(is_known) {
+                known.ns += wait.ns;
+            } else if self.waits.len() < MAX_SHARES {
+                self.waits.push(wait.clone());
+            }
+        }
         let ns = step.split.total_ns();
         let Blame { owner, attribution, stack } = &step.blame;
         if let Some(known) = self.owners.iter_mut().find(|known| same_owner(&known.owner, owner)) {
@@ -275,6 +286,8 @@ impl Episode {
         let (mut owners, mut lines) = (self.owners.clone(), self.lines.clone());
         owners.sort_by_key(|share| std::cmp::Reverse(share.ns));
         lines.sort_by_key(|share| std::cmp::Reverse(share.ns));
+        let mut waits = self.waits.clone();
+        waits.sort_by_key(|wait| std::cmp::Reverse(wait.ns));
         let main = owners.first();
         let stack = lines.iter().find(|line| !line.stack.frames.is_empty()).or(lines.first());
         let blame = Blame {
@@ -291,7 +304,8 @@ impl Episode {
             total_ns: self.split.total_ns(),
             count: self.count,
             split: self.split,
-            hint: hint::hint(&blame, &self.split, &[]),
+            hint: hint::hint(&blame, &self.split, &waits),
+            waits,
             blame,
             owners,
             lines,
@@ -501,7 +515,7 @@ mod tests {
                 Blame { owner: captured.owner, attribution: Attribution::Exact, stack: Arc::clone(&captured.stack) };
             let split = Split { on_cpu_ns: ms(8), ..Split::default() };
             // All at once, as a broken clock has it.
-            steps.add(&info, &settings, ShortStep { start_ns: ms(5), end_ns: ms(13), split, blame });
+            steps.add(&info, &settings, ShortStep { start_ns: ms(5), end_ns: ms(13), split, waits: Vec::new(), blame });
         }
         assert!(steps.recent.len() <= MAX_RECENT);
         assert!(steps.episodes.iter().all(|episode| episode.owners.len() <= MAX_SHARES));

@@ -157,6 +157,13 @@ pub struct RequestFacts {
     pub trace_id: Option<String>,
 }
 
+impl RequestFacts {
+    /// Whether two readings are of one request. Middleware may copy what it was read from, but not the connection.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.path == other.path && (self.id == other.id || self.client.is_some() && self.client == other.client)
+    }
+}
+
 /// Innermost frame first.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Stack {

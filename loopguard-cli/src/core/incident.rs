@@ -71,6 +71,8 @@ pub struct Cumulative {
     pub count: u64,
     /// Where the total went.
     pub split: Split,
+    /// Longest first.
+    pub waits: Vec<WaitTotal>,
     /// The main owner, and the stack that stands for most of the time.
     pub blame: Blame,
     /// Whose steps they were, the largest share first.

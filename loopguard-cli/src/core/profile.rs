@@ -161,15 +161,10 @@ impl Profile {
         self.totals.blocks()
     }
 
-    /// From which length on a loop's steps may be blocks. Shorter ones need not be told.
-    pub fn told_from_ns(&self, tid: Tid) -> u64 {
-        let of_loop = self.loops.get(&tid).map_or(self.settings.threshold.initial_ns(), |known| known.threshold_ns());
-        self.settings.routes.lowest_ns().map_or(of_loop, |lowest| lowest.min(of_loop))
-    }
-
-    /// The threshold of a loop, for those that show it.
-    pub fn threshold_ns(&self, tid: Tid) -> Option<u64> {
-        self.loops.get(&tid).map(LoopThread::threshold_ns)
+    /// Of each loop its threshold, and from which length on its steps may be blocks: shorter ones need not be told.
+    pub fn thresholds(&self) -> impl Iterator<Item = (Tid, u64, u64)> {
+        let lowest_ns = self.settings.routes.lowest_ns().unwrap_or(u64::MAX);
+        self.loops.iter().map(move |(tid, known)| (*tid, known.threshold_ns(), known.threshold_ns().min(lowest_ns)))
     }
 }
 
@@ -227,11 +222,13 @@ impl LoopThread {
             let split = Split::of(&part.span);
             let of_route = settings.routes.threshold_ns(&blame.owner);
             let threshold_ns = of_route.unwrap_or(self.threshold_ns());
+            let waits = if is_whole { waits_of_step(&step.waits, part.captures) } else { waits_seen(part.captures) };
             if part.span.duration_ns() < threshold_ns {
-                ended.updates.extend(self.short_step(part, split, blame, settings));
+                let (start_ns, end_ns) = (part.span.start_ns, part.span.end_ns);
+                let short = ShortStep { start_ns, end_ns, split, waits, blame };
+                ended.updates.extend(self.short_step(short, settings));
                 continue;
             }
-            let waits = if is_whole { waits_of_step(&step.waits, part.captures) } else { waits_seen(part.captures) };
             let block = Incident {
                 on: Arc::clone(&self.info),
                 start_ns: part.span.start_ns,
@@ -256,13 +253,11 @@ impl LoopThread {
     }
 
     /// A part that is no block by itself.
-    fn short_step(&mut self, part: &Part, split: Split, blame: Blame, settings: &Settings) -> Vec<Update> {
+    fn short_step(&mut self, step: ShortStep, settings: &Settings) -> Vec<Update> {
         let floor_ns = settings.cumulative.floor_ns(self.threshold_ns());
-        let own_ns = split.total_ns().saturating_sub(split.run_queue_ns);
-        if own_ns < floor_ns || settings.routes.excludes(&blame.owner) {
+        if step.own_ns() < floor_ns || settings.routes.excludes(&step.blame.owner) {
             return Vec::new();
         }
-        let step = ShortStep { start_ns: part.span.start_ns, end_ns: part.span.end_ns, split, blame };
         self.short.add(&self.info, &settings.cumulative, step).into_iter().map(Update::from).collect()
     }
 
@@ -348,7 +343,8 @@ impl LoopThread {
 
 /// Everyone in flight but the one who blocked.
 fn victims(seen: &InFlight, owner: &Owner, duration_ns: u64) -> Victims {
-    let is_owner = |request: &RequestFacts| matches!(owner, Owner::Request { request: own, .. } if own.id == request.id && own.path == request.path);
+    let is_owner =
+        |request: &RequestFacts| matches!(owner, Owner::Request { request: own, .. } if own.is_same(request));
     let others = seen.requests.iter().filter(|request| !is_owner(request));
     let requests: Vec<_> = others.clone().take(MAX_VICTIMS_LISTED).cloned().collect();
     let count = others.count() as u64;

@@ -58,6 +58,11 @@ pub fn cumulative() -> Cumulative {
             LineShare { stack: stack(), ns: 285_000_000, count: 19 },
             LineShare { stack: library_stack(), ns: 15_000_000, count: 1 },
         ],
+        waits: vec![WaitTotal {
+            syscall: "recvfrom".to_owned(),
+            on: Some("127.0.0.1:5432".to_owned()),
+            ns: 285_000_000,
+        }],
         hint: Some("this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg"),
         blame,
     }

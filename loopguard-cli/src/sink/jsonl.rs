@@ -99,7 +99,7 @@ struct CumulativeObject<'a> {
     gil_ms: f64,
     run_queue_ms: f64,
     verdict: Verdict,
-    waits: [(); 0],
+    waits: Vec<WaitObject<'a>>,
     attribution: Attribution,
     how: How,
     /// The main contributors.
@@ -218,6 +218,12 @@ struct SummaryObject<'a> {
     ticks: u64,
     blocks: u64,
     blocked_ms: f64,
+    /// These are not among `blocks`.
+    cumulative_blocks: u64,
+    cumulative_ms: f64,
+    /// Nor are these: blocks of routes that are excluded.
+    excluded_blocks: u64,
+    excluded_ms: f64,
     lost_records: u64,
     unsymbolized: u64,
     self_cpu_ms: f64,
@@ -320,7 +326,7 @@ impl<'a> CumulativeObject<'a> {
             gil_ms: ms(split.gil_ns),
             run_queue_ms: ms(split.run_queue_ns),
             verdict: block.verdict(),
-            waits: [],
+            waits: block.waits.iter().map(WaitObject::new).collect(),
             attribution: block.blame.attribution,
             how: block.blame.how(),
             requests: requests.collect(),
@@ -412,6 +418,10 @@ impl<'a> SummaryObject<'a> {
             ticks: summary.ticks(),
             blocks: summary.total.blocks,
             blocked_ms: ms(summary.total.blocked_ns),
+            cumulative_blocks: summary.cumulative.blocks,
+            cumulative_ms: ms(summary.cumulative.blocked_ns),
+            excluded_blocks: summary.excluded.blocks,
+            excluded_ms: ms(summary.excluded.blocked_ns),
             lost_records: measured.lost_records,
             unsymbolized: measured.unsymbolized,
             self_cpu_ms: ms(measured.self_cpu.as_nanos() as u64),
@@ -565,7 +575,7 @@ mod tests {
         {"type":"block","event":"cumulative","t_start_ns":1234567890,"t_end_ns":1846567890,"duration_ms":300.0,"threshold_ms":200.0,"window_ms":1000.0,"total_ms":300.0,"count":20,
         "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop",
         "on_cpu_ms":10.0,"waiting_ms":285.0,"gil_ms":0.0,"run_queue_ms":5.0,"verdict":"code",
-        "waits":[],
+        "waits":[{"syscall":"recvfrom","on":"127.0.0.1:5432","ms":285.0}],
         "attribution":"exact","how":"asgi-frame",
         "requests":[{"id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":240.0},{"id":"abc-124","method":"GET","path":"/items/8","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,"ms":60.0}],
         "task":null,"routes":[{"method":"GET","route":"/items/{id}","ms":300.0,"share":1.0}],"lines":[{"function":"Store.load","file":"/srv/shop/store.py","line":41,"ms":285.0,"share":0.95},{"function":"dumps","file":"/venv/lib/python3.12/site-packages/orjson/core.py","line":5,"ms":15.0,"share":0.05}],"victims":null,"hint":"this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg",
@@ -600,7 +610,7 @@ mod tests {
         let mut out = Vec::new();
         JsonLines::new(&mut out).finish(&example::summary()).unwrap();
         insta::assert_snapshot!(by_field(&String::from_utf8(out).unwrap()), @r#"
-        {"type":"summary","duration_s":30.0,"ticks":48211,"blocks":12,"blocked_ms":1240.0,"lost_records":0,"unsymbolized":2,"self_cpu_ms":210.4,
+        {"type":"summary","duration_s":30.0,"ticks":48211,"blocks":12,"blocked_ms":1240.0,"cumulative_blocks":0,"cumulative_ms":0.0,"excluded_blocks":0,"excluded_ms":0.0,"lost_records":0,"unsymbolized":2,"self_cpu_ms":210.4,
         "threads":[{
         "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop","ticks":48211,"blocks":12,"blocked_ms":1240.0}]}
         "#);

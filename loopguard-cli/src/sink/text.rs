@@ -133,6 +133,7 @@ impl Look {
         text += &format!("    {}: {}", verdict(block.verdict()), parts(&block.split));
         text += &self.dim(format_args!("  [{}]", thread(&block.on)));
         text.push('\n');
+        text += &waits(&block.waits);
         if block.owners.len() > 1 {
             let share = |share: &OwnerShare| format!("{} {}", span(share.ns), owner_name(&share.owner));
             let shown: Vec<String> = block.owners.iter().take(MAX_VICTIMS).map(share).collect();
@@ -566,6 +567,7 @@ mod tests {
         |    at store.py:41 Store.load, calling site-packages/psycopg/waiting.py:228 wait
         |    from api/items.py:12 read_item
         |    code: 10 ms on CPU, 285 ms waiting, 5 ms for a CPU  [uvicorn 1235]
+        |    waited 285 ms in recvfrom on 127.0.0.1:5432
         |    in all 240 ms GET /items/7, 60 ms GET /items/8
         |    by line 285 ms store.py:41 Store.load, 15 ms site-packages/orjson/core.py:5 dumps
         |    hint: this PostgreSQL driver is synchronous: use psycopg's AsyncConnection or asyncpg

@@ -20,6 +20,7 @@ use loopguard_common::{
     clock::{LoopClock, SwitchOut},
     layout::PyLayout,
     records::{Counter, LoopThread, STEP_CUT_AT_ATTACH},
+    short::ShortPace,
 };
 
 use super::btf;
@@ -44,6 +45,10 @@ pub struct Pace {
     pub capture_age_ns: u64,
     /// Pages copied of the user stack for a capture.
     pub stack_pages: u32,
+    /// How far apart captures are, instead of by the threshold.
+    pub sample_every_ns: Option<u64>,
+    /// Which shorter steps are recorded too.
+    pub short: ShortPace,
 }
 
 /// Whether the kernel programs say what they do (`--debug-bpf`).
@@ -71,7 +76,17 @@ impl log::Log for ToStandardError {
 impl Pace {
     /// How far apart captures of one step are at least.
     fn gap_ns(self) -> u64 {
-        (self.threshold_ns / 16).clamp(1_000_000, 5_000_000)
+        // A short step that counts meets it once.
+        let by_floor = (self.short.floor_ns / 2).max(1_000_000);
+        self.sample_every_ns.unwrap_or((self.threshold_ns / 16).clamp(1_000_000, 5_000_000).min(by_floor))
+    }
+
+    /// What the kernel programs are told of it.
+    pub fn fill_in(&self, thread: &mut LoopThread) {
+        thread.threshold_ns = self.threshold_ns;
+        thread.capture_age_ns = self.capture_age_ns;
+        thread.capture_gap_ns = self.gap_ns();
+        thread.short = self.short;
     }
 
     /// How often the sampling clock of a loop thread ticks, in time that the thread is on the CPU.
@@ -264,9 +279,7 @@ impl Kernel {
             bail!("{MAX_THREADS} loop threads are watched already");
         };
         let tid = thread.tid;
-        thread.threshold_ns = self.pace.threshold_ns;
-        thread.capture_age_ns = self.pace.capture_age_ns;
-        thread.capture_gap_ns = self.pace.gap_ns();
+        self.pace.fill_in(&mut thread);
         let mut clock = LoopClock::idle();
         if let Standing::InTick { now_ns, waits_in } = standing {
             clock.begin_tick(now_ns);
@@ -409,7 +422,9 @@ pub fn measure_run_time() -> Option<OwnedFd> {
 
 /// Loads everything and lets go of it again.
 pub fn try_load() -> Result<()> {
-    Kernel::load(Pace { threshold_ns: u64::MAX, capture_age_ns: u64::MAX, stack_pages: 1 }, Talk::Silent).map(drop)
+    let short = ShortPace { floor_ns: u64::MAX, window_ns: u64::MAX, enough_ns: u64::MAX };
+    let pace = Pace { threshold_ns: u64::MAX, capture_age_ns: u64::MAX, sample_every_ns: None, stack_pages: 1, short };
+    Kernel::load(pace, Talk::Silent).map(drop)
 }
 
 /// Where tracefs is not mounted, mounts it in a mount namespace of our own: nothing is left behind.

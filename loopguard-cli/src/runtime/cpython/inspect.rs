@@ -68,6 +68,29 @@ impl Inspector {
         Ok(task.map(|task| self.interpreter.task_facts(task)))
     }
 
+    /// The requests that have a task on the event loop a thread runs, each once; and how many tasks could not be read.
+    pub fn requests_in_flight(&mut self, thread: &PyThreadInfo) -> Result<(Vec<RequestFacts>, u32), NotTold> {
+        let seen = self.interpreter.tasks_of_loop(thread).map_err(|_| NotTold::Unreadable)?;
+        let mut unread = seen.unread;
+        let mut requests: Vec<RequestFacts> = Vec::new();
+        for task in seen.tasks {
+            let snapshot = match self.interpreter.scope_in_task(&mut self.codes, task) {
+                Ok(Some(snapshot)) => snapshot,
+                Ok(None) => continue,
+                Err(_) => {
+                    unread += 1;
+                    continue;
+                }
+            };
+            match self.request(&snapshot) {
+                Some(request) if requests.iter().any(|known| known.is_same(&request)) => {}
+                Some(request) => requests.push(request),
+                None => unread += 1,
+            }
+        }
+        Ok((requests, unread))
+    }
+
     /// The request that a live task works for, by its own coroutines or by those that await it; `Ok(None)`: none.
     pub fn request_of_task(&mut self, task: u64) -> Result<Option<RequestFacts>, NotTold> {
         match self.interpreter.request_of_task(&mut self.codes, task)? {

@@ -4,6 +4,7 @@
 //! writes to the target, and nothing it reads is trusted.
 
 mod code;
+mod in_flight;
 mod inspect;
 mod object;
 mod offsets;

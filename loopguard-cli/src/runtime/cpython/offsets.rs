@@ -107,6 +107,11 @@ pub struct AsyncioOffsets {
     pub task_awaited_by_is_set: u64,
     pub task_coro: u64,
     pub running_task: u64,
+    /// Where a task is linked into the list of its thread's tasks, and where the thread state has the list's head.
+    #[serde(default)]
+    pub task_node: u64,
+    #[serde(default)]
+    pub tasks_head: u64,
 }
 
 /// Bytes of `.AsyncioDebug` that are read.
@@ -122,6 +127,8 @@ impl AsyncioOffsets {
             task_awaited_by_is_set: word(4),
             task_coro: word(5),
             running_task: word(11),
+            task_node: word(6),
+            tasks_head: word(12),
         };
         let task_size = word(0);
         let within = [offsets.task_name, offsets.task_awaited_by, offsets.task_awaited_by_is_set, offsets.task_coro]

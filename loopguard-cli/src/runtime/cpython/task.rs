@@ -109,22 +109,7 @@ impl Interpreter {
 
     /// `_current_tasks[running loop]`, as `asyncio.current_task()` finds it, for one thread of several.
     fn task_of_running_loop(&self, thread: &PyThreadInfo) -> Result<Option<u64>, Fault> {
-        let running = match self.offsets.running_loop {
-            RunningLoop::InThread(offset) => self.memory.field(thread.state, offset)?,
-            RunningLoop::InDict(offset) => {
-                let locals = self.memory.field(thread.state, offset)?;
-                if locals == 0 {
-                    return Ok(None);
-                }
-                let Some(holder) = self.dict_get(locals, "__asyncio_running_event_loop__")? else { return Ok(None) };
-                // 3.12 keeps the loop itself there.
-                if self.type_name(holder)? == "_RunningLoopHolder" {
-                    self.memory.field(holder, FIRST_FIELD)?
-                } else {
-                    holder
-                }
-            }
-        };
+        let running = self.running_loop(thread)?;
         if running == 0 {
             return Ok(None);
         }
@@ -132,15 +117,38 @@ impl Interpreter {
         Ok(self.dict_entries(tasks)?.into_iter().find(|(key, _)| *key == running).map(|(_, task)| task))
     }
 
+    /// The event loop that a thread runs, 0: none.
+    pub(super) fn running_loop(&self, thread: &PyThreadInfo) -> Result<u64, Fault> {
+        match self.offsets.running_loop {
+            RunningLoop::InThread(offset) => self.memory.field(thread.state, offset),
+            RunningLoop::InDict(offset) => {
+                let locals = self.memory.field(thread.state, offset)?;
+                if locals == 0 {
+                    return Ok(0);
+                }
+                let Some(holder) = self.dict_get(locals, "__asyncio_running_event_loop__")? else { return Ok(0) };
+                // 3.12 keeps the loop itself there.
+                if self.type_name(holder)? == "_RunningLoopHolder" {
+                    self.memory.field(holder, FIRST_FIELD)
+                } else {
+                    Ok(holder)
+                }
+            }
+        }
+    }
+
+    /// A global of the module `asyncio.tasks`.
+    pub(super) fn asyncio_tasks_global(&self, interpreter: u64, name: &str) -> Result<Option<u64>, Fault> {
+        let modules = self.memory.field(interpreter, self.offsets.modules)?;
+        let Some(module) = self.dict_get(modules, "asyncio.tasks")? else { return Ok(None) };
+        self.dict_get(self.memory.field(module, FIRST_FIELD)?, name)
+    }
+
     fn current_tasks(&self, interpreter: u64) -> Result<Option<u64>, Fault> {
         if let Some(tasks) = self.current_tasks.get() {
             return Ok(Some(*tasks));
         }
-        let modules = self.memory.field(interpreter, self.offsets.modules)?;
-        let Some(module) = self.dict_get(modules, "asyncio.tasks")? else { return Ok(None) };
-        let Some(tasks) = self.dict_get(self.memory.field(module, FIRST_FIELD)?, "_current_tasks")? else {
-            return Ok(None);
-        };
+        let Some(tasks) = self.asyncio_tasks_global(interpreter, "_current_tasks")? else { return Ok(None) };
         if self.type_of(tasks)? != self.anchors.dict_type {
             return Ok(None);
         }
@@ -168,11 +176,11 @@ impl Interpreter {
         self.asyncio.get().map_or(self.offsets.task_name, |asyncio| asyncio.task_name)
     }
 
-    fn task_coroutine(&self, task: u64) -> Result<u64, Fault> {
+    pub(super) fn task_coroutine(&self, task: u64) -> Result<u64, Fault> {
         self.memory.field(task, self.asyncio.get().map_or(self.offsets.task_coro, |asyncio| asyncio.task_coro))
     }
 
-    fn is_task(&self, object: u64) -> bool {
+    pub(super) fn is_task(&self, object: u64) -> bool {
         self.type_name(object).is_ok_and(|name| name.ends_with("Task"))
     }
 
@@ -211,7 +219,7 @@ impl Interpreter {
     }
 
     /// The outermost scope in a task's coroutines, with the first route there is.
-    fn scope_of_task(&self, codes: &mut Codes, task: u64) -> Option<RequestSnapshot> {
+    pub(super) fn scope_of_task(&self, codes: &mut Codes, task: u64) -> Option<RequestSnapshot> {
         let mut found: Option<RequestSnapshot> = None;
         for frame in self.coroutine_frames(self.task_coroutine(task).ok()?) {
             let Ok(Some(scope)) = self.scope_in_frame(codes, frame) else { continue };

@@ -145,7 +145,20 @@ impl Live {
             steps: if marks.is_some() { StepMarks::Exact } else { StepMarks::TicksOnly },
         };
         events.push(Event::LoopFound(info.clone()));
-        self.loops.insert(tid, Loop { info, python, epoll_fd, slot, marks, step: StepFacts::default() });
+        let pace = self.options.pace(self.options.threshold_ns);
+        self.loops.insert(
+            tid,
+            Loop {
+                info,
+                python,
+                epoll_fd,
+                slot,
+                marks,
+                step: StepFacts::default(),
+                pace,
+                threshold_ns: pace.threshold_ns,
+            },
+        );
         if self.targets[&pid].closeness.is_close() {
             self.watch_loop_closely(tid);
         }

@@ -32,6 +32,8 @@ pub(super) struct StepFacts {
     waits_on: Vec<((i32, u64), Option<String>)>,
     /// Looked at from here while it waited.
     looked_at: bool,
+    /// Who else is in flight was read.
+    pub(super) counted: bool,
     report_ongoing_ns: u64,
 }
 
@@ -45,8 +47,12 @@ pub(super) enum Freshness {
 
 impl Live {
     pub(super) fn capture(&mut self, record: &CaptureRecord, freshness: Freshness) -> Option<Capture> {
-        self.watch_closely(record.header.tgid);
         let tid = record.header.tid;
+        // A short step is looked into only because others before it added up.
+        let age_ns = record.until_ns.saturating_sub(record.step_start_ns);
+        if age_ns >= self.loops.get(&tid)?.pace.capture_age_ns {
+            self.watch_closely(record.header.tgid);
+        }
         let runs = |live: &Self| match freshness {
             Freshness::Unknown => live.is_running(tid, record.step_seq),
             Freshness::JustTaken => true,
@@ -177,14 +183,14 @@ impl Live {
     /// before it ends.
     fn look_at_old_steps(&mut self, seen: &mut Vec<Seen>) {
         let now = process::monotonic_ns();
-        let age_ns = self.options.threshold_ns / 2;
         for tid in self.loops.keys().copied().collect::<Vec<_>>() {
             let Some(clock) = self.kernel.clock(tid) else { continue };
             let age = now.saturating_sub(clock.step_start_ns);
-            if !clock.in_tick() || age < age_ns {
+            let Some(known) = self.loops.get_mut(&tid) else { continue };
+            let threshold_ns = known.pace.threshold_ns;
+            if !clock.in_tick() || age < threshold_ns / 2 {
                 continue;
             }
-            let Some(known) = self.loops.get_mut(&tid) else { continue };
             if known.step.seq != clock.step_seq {
                 known.step = StepFacts { seq: clock.step_seq, ..StepFacts::default() };
             }
@@ -197,8 +203,12 @@ impl Live {
                     seen.push(self.seen(&record, capture, copy));
                 }
             }
+            // Most of the way to a block: worth to know who is held up.
+            if age >= threshold_ns / 4 * 3 {
+                seen.extend(self.in_flight(tid, clock.step_seq).map(Seen::Event));
+            }
             let Some(known) = self.loops.get_mut(&tid) else { continue };
-            let due = known.step.report_ongoing_ns.max(ONGOING_AFTER_NS.max(self.options.threshold_ns));
+            let due = known.step.report_ongoing_ns.max(ONGOING_AFTER_NS.max(threshold_ns));
             if age >= due {
                 known.step.report_ongoing_ns = due * 2;
                 seen.push(Seen::Event(Event::StillOpen(OpenStep {

@@ -7,6 +7,7 @@ mod discover;
 mod facts;
 mod pages;
 mod steps;
+mod victims;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -17,7 +18,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{MapData, RingBuf};
-use loopguard_common::records::{MAX_STACK_PAGES, STACK_PAGE};
+use loopguard_common::{
+    records::{MAX_STACK_PAGES, STACK_PAGE, STEP_ADDS_UP},
+    short::ShortPace,
+};
 use tokio::io::unix::AsyncFd;
 
 use super::{
@@ -28,6 +32,7 @@ use super::{
 };
 use crate::{
     core::{
+        cumulative::CumulativeSettings,
         event::{Event, LoopInfo, Tid},
         status::{Status, ThreadStatus},
     },
@@ -41,6 +46,9 @@ use steps::{Closeness, StepMark};
 
 /// Loops that are gone and still listed.
 const MAX_FINISHED: usize = 1000;
+/// Short steps are told once they sum up to this part of the cumulative threshold.
+const SHORT_SHARE: u64 = 8;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Steps {
     /// Step probes where they can be placed.
@@ -51,10 +59,15 @@ pub enum Steps {
 
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
+    /// What a loop begins with.
     pub threshold_ns: u64,
     pub steps: Steps,
     /// Bytes copied of the user stack for a capture.
     pub stack_size: usize,
+    pub cumulative: CumulativeSettings,
+    /// How old a step must be to be looked into, and how far apart captures are; `None`: by the threshold.
+    pub capture_after_ns: Option<u64>,
+    pub sample_every_ns: Option<u64>,
     /// Whether the kernel programs' own log is printed.
     pub talk: Talk,
 }
@@ -102,20 +115,37 @@ struct Loop {
     slot: u32,
     marks: Option<StepMark>,
     step: StepFacts,
+    /// How closely it is looked at.
+    pace: Pace,
+    /// What is shown as its threshold.
+    threshold_ns: u64,
+}
+
+impl Options {
+    /// How closely a loop is looked at whose steps may be blocks from `threshold_ns` on.
+    fn pace(&self, threshold_ns: u64) -> Pace {
+        let by_threshold_ns = match self.steps {
+            // Half the threshold leaves the other half to read the target while the step still runs.
+            Steps::Auto => threshold_ns / 2,
+            // The tick has to be cut from captures: they must begin before its first owner is gone.
+            Steps::Off => threshold_ns / 4,
+        };
+        let CumulativeSettings { window_ns, threshold_ns: cumulative_ns, .. } = self.cumulative;
+        let floor_ns = self.cumulative.floor_ns(threshold_ns);
+        Pace {
+            threshold_ns,
+            capture_age_ns: self.capture_after_ns.map_or(by_threshold_ns, |after| after.min(threshold_ns)),
+            sample_every_ns: self.sample_every_ns,
+            stack_pages: self.stack_size.div_ceil(STACK_PAGE).min(MAX_STACK_PAGES) as u32,
+            short: ShortPace { floor_ns, window_ns, enough_ns: cumulative_ns / SHORT_SHARE },
+        }
+    }
 }
 
 impl Live {
     /// Loads the kernel programs and finds the loops of `pids`. Events of what is found come with the first drain.
     pub fn attach(pids: &BTreeSet<u32>, options: Options) -> Result<Self> {
-        let capture_age_ns = match options.steps {
-            // Half the threshold leaves the other half to read the target while the step still runs.
-            Steps::Auto => options.threshold_ns / 2,
-            // The tick has to be cut from captures: they must begin before its first owner is gone.
-            Steps::Off => options.threshold_ns / 4,
-        };
-        let stack_pages = options.stack_size.div_ceil(STACK_PAGE).min(MAX_STACK_PAGES) as u32;
-        let pace = Pace { threshold_ns: options.threshold_ns, capture_age_ns, stack_pages };
-        let (kernel, rings) = Kernel::load(pace, options.talk)?;
+        let (kernel, rings) = Kernel::load(options.pace(options.threshold_ns), options.talk)?;
         let mut live = Self {
             since_ns: process::monotonic_ns(),
             kernel,
@@ -204,7 +234,12 @@ impl Live {
                         self.naming.pass(seen);
                     }
                 }
-                Ok(Record::Step(record)) => events.push(Event::Step(step(&record))),
+                Ok(Record::Step(record)) => {
+                    if record.flags & STEP_ADDS_UP != 0 {
+                        self.watch_closely(record.header.tgid);
+                    }
+                    events.push(Event::Step(step(&record)));
+                }
                 Ok(Record::Poll(record)) => {
                     let found = Poll {
                         pid: record.header.tgid,
@@ -256,6 +291,7 @@ impl Live {
             self.kernel.unwatch_process(target.pid);
             self.naming.forget(target.pid);
         }
+        events.push(Event::TimePassed { now_ns: process::monotonic_ns() });
     }
 
     pub fn all_ended(&self) -> bool {
@@ -267,12 +303,24 @@ impl Live {
         ThreadStatus {
             info: known.info.clone(),
             is_gone: false,
-            threshold_ns: self.options.threshold_ns,
+            threshold_ns: known.threshold_ns,
             ticks: clock.ticks,
             busy_ns: clock.busy_ns,
             tick_histogram: clock.tick_histogram,
             step_start_ns: clock.in_tick().then_some(clock.step_start_ns),
         }
+    }
+
+    /// What a loop's threshold is, and from which length on its steps may be blocks; from its next tick on.
+    pub fn set_threshold(&mut self, tid: Tid, threshold_ns: u64, told_from_ns: u64) -> Result<()> {
+        let Some(known) = self.loops.get_mut(&tid) else { return Ok(()) };
+        known.threshold_ns = threshold_ns;
+        if known.pace.threshold_ns == told_from_ns {
+            return Ok(());
+        }
+        known.pace = self.options.pace(told_from_ns);
+        let pace = known.pace;
+        self.kernel.update_thread(tid, |thread| pace.fill_in(thread))
     }
 
     /// What each loop did so far, those that are gone included, and what it cost to know.

@@ -6,7 +6,9 @@ use crate::{
     runtime::{cpython::StepProbe, probe_site::ProbeSite},
     source::{kernel::Sampling, process},
 };
-use loopguard_common::records::{THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST};
+use loopguard_common::records::{
+    THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST, THREAD_TELLS_SHORT,
+};
 
 /// How long a process is watched closely after an old step: twice the time since the one before it, within these
 /// bounds. Close watching costs about a microsecond a step, which a loop that is hardly ever blocked need not pay.
@@ -88,7 +90,11 @@ impl Live {
         if let Err(error) = self.kernel.sample(tid, Sampling::Close) {
             self.notices.push(format!("thread {tid} is not sampled closely ({error:#})"));
         }
-        let Some(StepMark { which, site, flags }) = known.marks.clone() else { return };
+        let Some(StepMark { which, site, flags }) = known.marks.clone() else {
+            let _ = self.kernel.update_thread(tid, |thread| thread.flags |= THREAD_TELLS_SHORT);
+            return;
+        };
+        let flags = flags | THREAD_TELLS_SHORT;
         let placed = self.kernel.attach_steps(known.info.pid, which, (&site, known.slot));
         match placed.and_then(|()| self.kernel.update_thread(tid, |thread| thread.flags = flags)) {
             Ok(()) => {}
