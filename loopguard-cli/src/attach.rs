@@ -118,7 +118,11 @@ async fn follow(arguments: &args::Attach, sink: &mut dyn Sink) -> Result<Outcome
                 ready?;
                 live.drain(&mut events)?;
             }
-            _ = look.tick() => live.watch(&mut events)?,
+            _ = look.tick() => {
+                // Records of requests wake nobody.
+                live.drain(&mut events)?;
+                live.watch(&mut events)?;
+            }
             _ = reap.tick() => {
                 live.drain(&mut events)?;
                 live.reap(&mut events);

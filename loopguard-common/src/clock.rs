@@ -5,6 +5,7 @@
 //! last one to that state: the parts sum to the whole by construction.
 
 use crate::records::{MAX_WAITS, OffCpu, SYSCALL_OTHER, Wait};
+use crate::request::RunningRequests;
 use crate::short::ShortSum;
 
 /// Buckets of the tick histogram: bucket `n` counts ticks of `2^(n-1)..2^n` microseconds.
@@ -48,6 +49,8 @@ pub struct LoopClock {
     pub wait_syscall: i32,
     pub wait_arg0: u64,
     pub wait_start_ns: u64,
+    /// The requests whose code the thread is in, as the server's own probes tell.
+    pub running: RunningRequests,
     /// Finished ticks, and their total time.
     pub ticks: u64,
     pub busy_ns: u64,
@@ -58,7 +61,7 @@ pub struct LoopClock {
     pub waits: [Wait; MAX_WAITS],
 }
 
-const _: () = assert!(size_of::<LoopClock>() == 11 * 8 + 6 * 4 + 4 * 8 + TICK_BUCKETS * 4 + 24 + MAX_WAITS * 24);
+const _: () = assert!(size_of::<LoopClock>() == 11 * 8 + 6 * 4 + 4 * 8 + 40 + TICK_BUCKETS * 4 + 24 + MAX_WAITS * 24);
 
 /// A step that just ended: the rest is still in the clock until [`LoopClock::begin_step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,7 +199,8 @@ impl LoopClock {
     /// one than the tick's first belongs to the step that is running.
     #[inline(always)]
     pub fn is_step_edge(&mut self, sp: u64, nest: bool) -> bool {
-        if self.tick_start_ns == 0 {
+        // A request's own probes are closer to the truth than the contexts its code enters.
+        if self.tick_start_ns == 0 || self.running.current() != 0 {
             return false;
         }
         if nest && self.step_sp != 0 && sp < self.step_sp {

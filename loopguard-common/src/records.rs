@@ -22,6 +22,10 @@ pub enum RecordKind {
     Capture = 2,
     Poll = 3,
     StackPage = 4,
+    /// Those of [`request`](crate::request).
+    RequestStart = 16,
+    RequestRoute = 17,
+    RequestEnd = 18,
 }
 
 #[repr(C)]
@@ -72,6 +76,8 @@ pub const STEP_ADDS_UP: u32 = 1 << 16;
 pub struct StepRecord {
     pub header: RecordHeader,
     pub seq: u64,
+    /// The request whose own probes bracket the step; 0: none.
+    pub request: u64,
     pub tick_start_ns: u64,
     pub start_ns: u64,
     pub end_ns: u64,
@@ -176,6 +182,8 @@ pub struct CaptureRecord {
     pub futex: [u64; FUTEX_WORDS],
     /// Address of the current asyncio task where the thread state holds it (CPython 3.14 on), else 0.
     pub task: u64,
+    /// The request whose own probes bracket the step; 0: none.
+    pub running: u64,
     /// A [`WalkStatus`].
     pub walk: u32,
     pub frame_count: u32,
@@ -226,6 +234,8 @@ pub const THREAD_STEPS_CONTEXT_RUN: u32 = 2;
 /// `PyContext_Enter` marks this thread's steps (uvloop).
 pub const THREAD_STEPS_CONTEXT_ENTER: u32 = 4;
 
+/// The thread is a worker that may be parked in a futex: outside of a request's code that is its poll.
+pub const THREAD_PARKS: u32 = 8;
 /// Steps below the threshold are told from the floor on, whatever their sum.
 pub const THREAD_TELLS_SHORT: u32 = 1 << 16;
 
@@ -279,16 +289,20 @@ pub enum Counter {
     Sent = 1,
     /// Stack pages dropped because their ring buffer was full: a capture without its native frames.
     LostStackPages = 2,
+    /// Requests for which there was no place among the open ones.
+    RequestsUntracked = 3,
+    /// Enters and exits of requests that had no counterpart.
+    RequestsAstray = 4,
 }
-pub const COUNTERS: u32 = 3;
+pub const COUNTERS: u32 = 5;
 
 const _: () = assert!(size_of::<RecordHeader>() == 16);
 const _: () = assert!(size_of::<Wait>() == 24);
-const _: () = assert!(size_of::<StepRecord>() == 16 + 4 * 8 + 24 + MAX_WAITS * 24 + 8);
+const _: () = assert!(size_of::<StepRecord>() == 16 + 5 * 8 + 24 + MAX_WAITS * 24 + 8);
 const _: () = assert!(size_of::<RawFrame>() == 24);
 const _: () = assert!(size_of::<RequestSnapshot>() == 24 + 320 + 72 + 112 + 168 + 96);
 const _: () =
-    assert!(offset_of!(CaptureRecord, frames) == 16 + 8 + 6 * 8 + 24 + (REGISTERS + FUTEX_WORDS + 1) * 8 + 16 + 792);
+    assert!(offset_of!(CaptureRecord, frames) == 16 + 8 + 6 * 8 + 24 + (REGISTERS + FUTEX_WORDS + 2) * 8 + 16 + 792);
 const _: () = assert!(size_of::<StackPage>() == 32 + STACK_PAGE);
 const _: () = assert!(size_of::<PollRecord>() == 32);
 const _: () = assert!(size_of::<LoopThread>() == 88 + 24);

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// The memory of the current task. Pages that are not resident read as absent.
-struct OwnMemory;
+pub struct OwnMemory;
 
 impl Memory for OwnMemory {
     #[inline(always)]
@@ -107,6 +107,7 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
     record.frame_count = 0;
     record.walk = WalkStatus::None as u32;
     record.task = 0;
+    record.running = target.clock.running.current();
     // SAFETY: written before the thread is watched, then only replaced whole.
     if let Some(layout) = unsafe { LAYOUTS.get(target.thread.tgid) }
         && target.thread.thread_state != 0

@@ -8,6 +8,7 @@
 mod capture;
 mod maps;
 mod poll;
+mod request;
 mod sched;
 mod send;
 mod stack;

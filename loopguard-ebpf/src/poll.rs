@@ -12,14 +12,14 @@ use loopguard_common::records::{PollRecord, RecordHeader, RecordKind};
 
 use crate::{
     maps::{PROCESSES, REPORTED_POLLS, maybe_watched, watched},
-    send,
+    request, send,
 };
 
 /// `struct syscall_trace_enter`: the common header, the number, then the arguments as words (kernel/trace/trace.h).
 const SYSCALL_NUMBER: usize = 8;
 const FIRST_ARGUMENT: usize = 16;
 /// An unknown poll is reported again after this long, should the report have been lost.
-const REPORT_AGAIN_NS: u64 = 1_000_000_000;
+pub const REPORT_AGAIN_NS: u64 = 1_000_000_000;
 
 /// Enters `epoll_wait`, `epoll_pwait` or `epoll_pwait2`.
 #[tracepoint]
@@ -34,12 +34,14 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     let epoll_fd = unsafe { *ctx.as_ptr().cast::<u8>().add(FIRST_ARGUMENT).cast::<u64>() } as i32;
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    if let Some(target) = target
+    if let Some(mut target) = target
         && target.thread.epoll_fd == epoll_fd
     {
         if target.clock.in_tick() {
             let ended = target.clock.end_step(now);
-            send::step_if_long(target.thread, target.clock, ended);
+            let request = target.clock.running.current();
+            send::step_if_long(target.thread, target.clock, ended, request);
+            request::tick_ended(&mut target, ended);
         }
         target.clock.end_tick(now);
         return 0;

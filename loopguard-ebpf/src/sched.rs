@@ -6,13 +6,13 @@ use aya_ebpf::{
 };
 use loopguard_common::{
     clock::SwitchOut,
-    records::{CaptureCause, REGISTER_SP},
+    records::{CaptureCause, REGISTER_SP, THREAD_PARKS},
 };
 
 use crate::{
     capture::{self, pace, user_registers},
     maps::{Watched, capture_buffer, watched},
-    send, stack,
+    request, send, stack,
 };
 
 /// Offset of `pid` in the kernel's `struct task_struct`, set at load from its BTF.
@@ -50,7 +50,7 @@ pub fn on_sched_switch(ctx: BtfTracePointContext) -> i32 {
 }
 
 #[inline(always)]
-fn switched_out(target: Watched, preempted: bool) {
+fn switched_out(mut target: Watched, preempted: bool) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     if preempted {
@@ -58,20 +58,22 @@ fn switched_out(target: Watched, preempted: bool) {
         return;
     }
     let registers = user_registers();
-    if registers.arg0 as i32 == target.thread.epoll_fd && is_epoll(registers.syscall) {
+    let polls = registers.arg0 as i32 == target.thread.epoll_fd && is_epoll(registers.syscall);
+    if polls || is_parked(&target, registers.syscall) {
         // The poll's tracepoint ended the tick already, unless it was passed over: the kernel skips a program when
         // another one, or a map operation of ours, is in the middle of its work on this processor.
         if target.clock.in_tick() {
             let ended = target.clock.end_step(now);
-            send::step_if_long(target.thread, target.clock, ended);
+            let request = target.clock.running.current();
+            send::step_if_long(target.thread, target.clock, ended, request);
+            request::tick_ended(&mut target, ended);
         }
         target.clock.switch_out(now, SwitchOut::Polls);
         return;
     }
     target.clock.seen_running(now);
     let Some(buffer) = capture_buffer(target.slot) else { return };
-    // SAFETY: as for the other constant.
-    let gil = registers.syscall == unsafe { core::ptr::read_volatile(&raw const FUTEX_SYSCALL) }
+    let gil = registers.syscall == futex_syscall()
         && (target.thread.gil[0].contains(registers.arg0) || target.thread.gil[1].contains(registers.arg0));
     target.clock.switch_out(now, SwitchOut::Waits { syscall: registers.syscall, arg0: registers.arg0, gil });
     buffer.record.cause = CaptureCause::Wait as u32;
@@ -85,6 +87,18 @@ fn switched_out(target: Watched, preempted: bool) {
             stack::copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
     }
     target.clock.capture_pending = 1;
+}
+
+/// A worker without work, as far as its server's own probes tell.
+#[inline(always)]
+fn is_parked(target: &Watched, syscall: i32) -> bool {
+    target.thread.flags & THREAD_PARKS != 0 && syscall == futex_syscall() && target.clock.running.current() == 0
+}
+
+#[inline(always)]
+fn futex_syscall() -> i32 {
+    // SAFETY: set before the program is loaded: it must be read, not taken for what stands there.
+    unsafe { core::ptr::read_volatile(&raw const FUTEX_SYSCALL) }
 }
 
 #[inline(always)]

@@ -12,18 +12,18 @@ use loopguard_common::{
 use crate::maps::{RECORDS, count};
 
 #[inline(always)]
-pub fn step_if_long(thread: &LoopThread, clock: &mut LoopClock, ended: EndedStep) {
+pub fn step_if_long(thread: &LoopThread, clock: &mut LoopClock, ended: EndedStep, request: u64) {
     let duration = ended.duration_ns();
     if duration >= thread.threshold_ns {
-        step(thread, clock, ended);
+        step(thread, clock, ended, request);
     } else if duration >= thread.short.floor_ns {
-        step_if_it_adds_up(thread, clock, ended);
+        step_if_it_adds_up(thread, clock, ended, request);
     }
 }
 
 /// Time without a CPU is not the loop's doing.
 #[inline(never)]
-fn step_if_it_adds_up(thread: &LoopThread, clock: &mut LoopClock, ended: EndedStep) {
+fn step_if_it_adds_up(thread: &LoopThread, clock: &mut LoopClock, ended: EndedStep, request: u64) {
     let own_ns = ended.duration_ns().saturating_sub(clock.off_cpu().run_queue_ns);
     if own_ns < thread.short.floor_ns {
         return;
@@ -33,13 +33,13 @@ fn step_if_it_adds_up(thread: &LoopThread, clock: &mut LoopClock, ended: EndedSt
         clock.step_flags |= STEP_ADDS_UP;
     }
     if adds_up || thread.flags & THREAD_TELLS_SHORT != 0 {
-        step(thread, clock, ended);
+        step(thread, clock, ended, request);
     }
 }
 
 /// Out of line: nearly every edge ends a short step, and what it does not run should not be in its way.
 #[inline(never)]
-fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep) {
+fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep, request: u64) {
     let Some(mut entry) = RECORDS.reserve::<StepRecord>(0) else {
         count(Counter::Lost);
         return;
@@ -47,6 +47,7 @@ fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep) {
     entry.write(StepRecord {
         header: RecordHeader { kind: RecordKind::Step as u32, tgid: thread.tgid, tid: thread.tid, _pad: 0 },
         seq: clock.step_seq,
+        request,
         tick_start_ns: clock.tick_start_ns,
         start_ns: ended.start_ns,
         end_ns: ended.end_ns,

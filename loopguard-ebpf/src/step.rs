@@ -48,6 +48,6 @@ fn step_edge(ctx: &ProbeContext, marks: u32) {
         return;
     }
     let ended = target.clock.end_step(now);
-    send::step_if_long(target.thread, target.clock, ended);
+    send::step_if_long(target.thread, target.clock, ended, 0);
     target.clock.begin_step(now, STEP_PROBED);
 }

@@ -25,11 +25,13 @@ pub enum Pythons {
 
 /// The tests read which servers they may start from the environment:
 /// `LOOPGUARD_TEST_PYTHONS` (also as `LOOPGUARD_PYTHONS`) holds the Python of each virtual environment, joined by
-/// colons; `LOOPGUARD_TEST_SID` is the root of the chroot, with `/venv-3.13` and so on inside.
+/// colons; `LOOPGUARD_TEST_SID` is the root of the chroot, with `/venv-3.13` and so on inside; `LOOPGUARD_TEST_AXUM` is a
+/// release build of the axum server.
 pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
     let workspace = Workspace::locate()?;
     setup::run(&workspace)?;
     let pythons = host_pythons(&workspace)?;
+    let axum = release_axum(&workspace)?;
     let joined = std::env::join_paths(pythons).context("a path holds a colon")?;
 
     let mut test = cargo();
@@ -37,7 +39,8 @@ pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
         .args(cargo_test_arguments)
         .current_dir(&workspace.root)
         .env("LOOPGUARD_TEST_PYTHONS", &joined)
-        .env("LOOPGUARD_PYTHONS", &joined);
+        .env("LOOPGUARD_PYTHONS", &joined)
+        .env("LOOPGUARD_TEST_AXUM", axum);
     // Lives until the tests are done: its mounts go with it.
     let sid = match which {
         Pythons::Host => None,
@@ -52,6 +55,14 @@ pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
     let status = test.status().context("run cargo test")?;
     ensure!(status.success(), "tests failed");
     Ok(())
+}
+
+/// A Rust server as it is deployed, with the probes of `loopguard-emit`.
+fn release_axum(workspace: &Workspace) -> Result<PathBuf> {
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--release", "--package", "axum-blocking"]).current_dir(&workspace.root);
+    ensure!(build.status().context("run cargo build")?.success(), "the axum server does not build");
+    Ok(workspace.target.join("release/axum-blocking"))
 }
 
 fn host_pythons(workspace: &Workspace) -> Result<Vec<PathBuf>> {

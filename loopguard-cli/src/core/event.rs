@@ -8,6 +8,8 @@ use serde::Serialize;
 use loopguard_common::clock::TICK_BUCKETS;
 pub use loopguard_common::records::OffCpu;
 
+use super::request::EndedRequest;
+
 /// A thread id in the initial pid namespace: the key of everything that happens on one loop.
 pub type Tid = u32;
 
@@ -32,6 +34,8 @@ pub enum Event {
     TimePassed {
         now_ns: u64,
     },
+    /// A request has ended whose server tells of its requests.
+    Request(EndedRequest),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +78,8 @@ pub struct Step {
     pub waits: Vec<StepWait>,
     /// It began at a step probe: one owner for all of it.
     pub probed: bool,
+    /// Whose it is, if the server's own probes bracket it.
+    pub told: Option<Owner>,
     /// It was already running when loopguard came; `start_ns` is that moment.
     pub cut_at_attach: bool,
 }
@@ -230,4 +236,6 @@ pub struct OpenStep {
     pub seq: u64,
     pub start_ns: u64,
     pub now_ns: u64,
+    /// Whose it is, if the server's own probes bracket it.
+    pub told: Option<Owner>,
 }

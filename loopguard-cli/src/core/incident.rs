@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::cut::{Span, each, scaled, total};
 use super::event::{Frame, FrameKind, How, LoopInfo, Origin, Owner, RequestFacts, Stack};
+use super::request::EndedRequest;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Update {
@@ -19,6 +20,8 @@ pub enum Update {
     CumulativeOngoing(Cumulative),
     /// The adaptive threshold of a loop has changed.
     Threshold(ThresholdChange),
+    /// A request that has ended, where the server tells of its requests.
+    Request(EndedRequest),
 }
 
 /// A step, or the part of a tick one owner had, that reached the threshold. Times are `CLOCK_MONOTONIC` nanoseconds.

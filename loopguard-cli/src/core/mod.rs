@@ -8,6 +8,7 @@ pub mod cut;
 pub mod hint;
 pub mod incident;
 pub mod profile;
+pub mod request;
 pub mod routes;
 pub mod status;
 pub mod summary;

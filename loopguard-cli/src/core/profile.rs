@@ -88,6 +88,7 @@ impl Profile {
             match update {
                 Update::Block(block) => self.totals.add(block),
                 Update::Cumulative(block) => self.totals.add_cumulative(block),
+                Update::Request(_) => self.totals.add_request(),
                 Update::Ongoing(_) | Update::CumulativeOngoing(_) | Update::Threshold(_) => {}
             }
         }
@@ -126,6 +127,7 @@ impl Profile {
                 ended.excluded.iter().for_each(|block| totals.add_excluded(block));
                 ended.updates
             }
+            Event::Request(request) => vec![Update::Request(request)],
             Event::StillOpen(step) => {
                 let Some(thread) = self.loops.get_mut(&step.tid) else { return Vec::new() };
                 thread.still_open(&step, settings).map(Update::Ongoing).into_iter().collect()
@@ -213,12 +215,15 @@ impl LoopThread {
         let mut captures = self.captures.take(step.seq);
         cut::settle(&mut captures, &span);
         let probe = if step.probed { Marks::StepProbe } else { Marks::Captures };
-        let (parts, marks) = parts(&span, &captures, probe);
+        let (parts, marks) = match step.told {
+            Some(_) => (vec![Part { span, captures: &captures }], Marks::StepProbe),
+            None => parts(&span, &captures, probe),
+        };
         let is_whole = parts.len() == 1;
         let in_flight = self.in_flight.take().filter(|in_flight| in_flight.step_seq == step.seq);
         let mut ended = Ended::default();
         for part in &parts {
-            let blame = blame(part, marks);
+            let blame = blame(part, marks, step.told.as_ref());
             let split = Split::of(&part.span);
             let of_route = settings.routes.threshold_ns(&blame.owner);
             let threshold_ns = of_route.unwrap_or(self.threshold_ns());
@@ -323,9 +328,12 @@ impl LoopThread {
             StepMarks::Exact if began_at_probe => Marks::StepProbe,
             StepMarks::Exact | StepMarks::TicksOnly => Marks::Captures,
         };
-        let (parts, marks) = parts(&span, &captures, probe);
+        let (parts, marks) = match step.told {
+            Some(_) => (vec![Part { span, captures: &captures }], Marks::StepProbe),
+            None => parts(&span, &captures, probe),
+        };
         let part = parts.last()?;
-        let blame = blame(part, marks);
+        let blame = blame(part, marks, step.told.as_ref());
         let threshold_ns = settings.routes.threshold_ns(&blame.owner).unwrap_or(self.threshold_ns());
         if part.span.duration_ns() < threshold_ns || settings.routes.excludes(&blame.owner) {
             return None;
@@ -367,8 +375,9 @@ fn at_most_one_request(captures: &[Capture]) -> bool {
     requests.next().is_none_or(|first| requests.all(|other| same_owner(first, other)))
 }
 
-fn blame(part: &Part, marks: Marks) -> Blame {
-    let owner = owner(part.captures);
+/// `told`: whose it is, if the server said so.
+fn blame(part: &Part, marks: Marks, told: Option<&Owner>) -> Blame {
+    let owner = told.cloned().unwrap_or_else(|| owner(part.captures));
     let attribution = match (&owner, marks) {
         (Owner::Unknown(_), _) => Attribution::Unknown,
         (_, Marks::Captures) => Attribution::Inferred,
@@ -506,7 +515,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::captures::MAX_CAPTURES;
-    use super::super::story::{check, events, ms, profile, sample, step, tick, wait, waited};
+    use super::super::story::{check, events, ms, owner, profile, sample, step, tick, wait, waited};
     use super::*;
     use StepMarks::{Exact, TicksOnly};
 
@@ -517,6 +526,19 @@ mod tests {
             events![sample(1, 5, "A work"), sample(1, 6, "A work"), step(1, 2..32)],
             &["2..32 A Exact | Code 30+0+0+0 | work"],
         );
+    }
+
+    #[test]
+    fn what_the_server_tells_stands_whatever_was_captured() {
+        let told = |captures: &[&str]| {
+            let captured = captures.iter().zip(3..).map(|(who, at)| Event::from(sample(1, at, who)));
+            let step = Step { told: Some(owner("A")), ..step(1, 2..32) };
+            captured.chain([step.into()]).collect::<Vec<_>>()
+        };
+        check(TicksOnly, told(&[]), &["2..32 A Exact | Code 30+0+0+0"]);
+        check(Exact, told(&["? work", "B work"]), &["2..32 A Exact | Code 30+0+0+0 | work"]);
+        let open = OpenStep { tid: 7, seq: 2, start_ns: ms(40), now_ns: ms(900), told: Some(owner("A")) };
+        check(TicksOnly, events![sample(2, 50, "-"), open], &["40.. A Exact"]);
     }
 
     #[test]
@@ -670,7 +692,7 @@ mod tests {
 
     #[test]
     fn a_block_that_goes_on_is_told_with_its_last_owner() {
-        let open = |now| OpenStep { tid: 7, seq: 1, start_ns: 0, now_ns: ms(now) };
+        let open = |now| OpenStep { tid: 7, seq: 1, start_ns: 0, now_ns: ms(now), told: None };
         check(Exact, events![open(12)], &["0.. ? Unknown"]);
         let probed = Capture { step_start_ns: ms(1), ..sample(1, 5, "A") };
         check(Exact, events![probed, open(30)], &["0.. A Exact"]);
@@ -817,7 +839,7 @@ mod tests {
                 let event = match kind {
                     0 => Event::LoopGone { tid: 7 },
                     1 => super::super::story::loop_found(steps),
-                    2 => OpenStep { tid: 7, seq, start_ns: a, now_ns: b }.into(),
+                    2 => OpenStep { tid: 7, seq, start_ns: a, now_ns: b, told: None }.into(),
                     6 => Event::TimePassed { now_ns: a },
                     7 => in_flight(seq, &["A", "B"]),
                     3 => Step { start_ns: a, end_ns: b, off_cpu, probed: is_exact, ..step(seq, 0..0) }.into(),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use loopguard_common::clock::TICK_BUCKETS;
 
 use super::event::LoopInfo;
+use super::request::RequestCounts;
 use super::summary::Measured;
 
 /// What the kernel programs and the clocks say at one moment. Times are `CLOCK_MONOTONIC` nanoseconds.
@@ -17,6 +18,7 @@ pub struct Status {
     pub threads: Vec<ThreadStatus>,
     /// Records that did not arrive, or that nobody understood.
     pub lost_records: u64,
+    pub requests: RequestCounts,
     /// Frames that could not be named.
     pub unsymbolized: u64,
     /// CPU time of loopguard, its kernel programs included.
@@ -45,6 +47,7 @@ impl From<&Status> for Measured {
             duration: Duration::from_nanos(status.now_ns.saturating_sub(status.since_ns)),
             ticks: status.threads.iter().map(|thread| (thread.info.tid, thread.ticks)).collect(),
             lost_records: status.lost_records,
+            requests: status.requests,
             unsymbolized: status.unsymbolized,
             self_cpu: status.self_cpu,
         }

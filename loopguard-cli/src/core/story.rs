@@ -96,6 +96,7 @@ pub fn step(seq: u64, at: Range<u64>) -> Step {
         off_cpu: OffCpu::default(),
         waits: Vec::new(),
         probed: true,
+        told: None,
         cut_at_attach: false,
     }
 }
@@ -152,6 +153,7 @@ fn whole_ms(ns: u64) -> f64 {
 
 fn line(update: &Update) -> String {
     match update {
+        Update::Request(ended) => format!("request {}", ended.facts.id),
         Update::Ongoing(open) => {
             format!("{}.. {}", whole_ms(open.start_ns), who(&open.blame))
         }

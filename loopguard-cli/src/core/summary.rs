@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::event::{LoopInfo, Owner, RequestFacts, Tid};
 use super::incident::{Cumulative, Incident};
+use super::request::RequestCounts;
 
 /// Routes, and lines, that are told apart; what comes later counts as `other`.
 pub const MAX_LABELS: usize = 200;
@@ -28,6 +29,8 @@ pub struct Summary {
     /// Blocks of excluded routes, which are not in `total` either.
     pub excluded: Total,
     pub threads: Vec<ThreadTotal>,
+    /// Requests that ended, where servers tell of them.
+    pub requests: u64,
 }
 
 /// What the pure core can't know.
@@ -38,6 +41,8 @@ pub struct Measured {
     /// From the kernel's tick histogram.
     pub ticks: BTreeMap<Tid, u64>,
     pub lost_records: u64,
+    /// Where servers tell of their requests.
+    pub requests: RequestCounts,
     /// Frames that could not be named.
     pub unsymbolized: u64,
     /// CPU time of loopguard, its kernel programs included.
@@ -93,6 +98,7 @@ pub struct Totals {
     victims: HashMap<RouteLabel, Total>,
     cumulative: Total,
     excluded: Total,
+    requests: u64,
     /// In the order they were found.
     threads: Vec<ThreadSum>,
 }
@@ -150,6 +156,10 @@ impl Totals {
         }
     }
 
+    pub fn add_request(&mut self) {
+        self.requests += 1;
+    }
+
     pub fn add_cumulative(&mut self, block: &Cumulative) {
         self.cumulative.add(block.total_ns);
     }
@@ -187,6 +197,7 @@ impl Totals {
             cumulative: self.cumulative,
             excluded: self.excluded,
             threads,
+            requests: self.requests,
         }
     }
 

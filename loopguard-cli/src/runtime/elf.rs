@@ -74,6 +74,8 @@ pub struct Image {
     /// What it was opened as; the kernel can open it as well.
     pub opened: PathBuf,
     bias: u64,
+    /// `e_machine`.
+    machine: u16,
     file: File,
     segments: Vec<Segment>,
     /// `PT_GNU_EH_FRAME`.
@@ -186,7 +188,8 @@ impl Image {
                 link: section.sh_link(endian) as usize,
             })
             .collect();
-        Ok(Self { path: String::new(), opened, bias: 0, segments, unwind, sections, file })
+        let machine = header.e_machine(endian);
+        Ok(Self { path: String::new(), opened, bias: 0, machine, segments, unwind, sections, file })
     }
 
     /// An ELF file by itself: addresses are its own, as if it were loaded where it was linked for.
@@ -195,6 +198,16 @@ impl Image {
     /// `InvalidData` when it is not a 64-bit ELF file.
     pub fn of_file(file: File) -> io::Result<Self> {
         Self::parse(file, PathBuf::new())
+    }
+
+    /// What was added to the file's addresses when it was mapped.
+    pub fn bias(&self) -> u64 {
+        self.bias
+    }
+
+    /// The kind of processor it is for (`EM_*`).
+    pub fn machine(&self) -> u16 {
+        self.machine
     }
 
     pub fn section(&self, name: &str) -> Option<&Section> {

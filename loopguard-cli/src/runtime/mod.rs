@@ -5,3 +5,4 @@ pub mod elf;
 pub mod memory;
 pub mod probe_site;
 pub mod tokio;
+pub mod usdt;

@@ -7,6 +7,7 @@ use crate::core::event::*;
 use crate::core::incident::{
     Attribution, Blame, Cumulative, Incident, LineShare, Ongoing, OwnerShare, Split, Victims, WaitTotal,
 };
+use crate::core::request::{EndedRequest, Held, RequestCounts};
 use crate::core::summary::{LineLabel, Measured, RouteLabel, Summary, ThreadTotal, Total};
 
 const START_NS: u64 = 1_234_567_890;
@@ -73,6 +74,26 @@ pub fn ongoing() -> Ongoing {
     Ongoing { on, start_ns, now_ns: start_ns + 2_000_000_000, threshold_ns, blame, hint: None }
 }
 
+pub fn ended_request() -> EndedRequest {
+    let Owner::Request { request, .. } = request("/items/7", "abc-123") else { unreachable!() };
+    EndedRequest {
+        pid: 1234,
+        facts: request,
+        status: Some(200),
+        start_ns: START_NS,
+        end_ns: START_NS + 90_000_000,
+        held: Held {
+            ns: 60_500_000,
+            off_cpu: OffCpu { waiting_ns: 50_000_000, gil_ns: 400_000, run_queue_ns: 100_000 },
+            blocked_ns: 52_345_678,
+            longest_ns: 52_345_678,
+            steps: 4,
+            blocks: 1,
+        },
+        is_complete: true,
+    }
+}
+
 /// Every string tries to be something else.
 pub fn hostile_block() -> Incident {
     let path = format!("/\x1b]0;owned\x07\r\n{{\"type\":\"block\"}}\u{202e}txt.exe\u{9b}31m{}", "x".repeat(1000));
@@ -124,6 +145,7 @@ pub fn summary() -> Summary {
             duration: Duration::from_millis(30_000),
             ticks: [(1235, 48_211)].into(),
             lost_records: 0,
+            requests: RequestCounts::default(),
             unsymbolized: 2,
             self_cpu: Duration::from_micros(210_400),
         },
@@ -134,6 +156,7 @@ pub fn summary() -> Summary {
         cumulative: Total::default(),
         excluded: Total::default(),
         threads: vec![ThreadTotal { on: thread("uvicorn"), ticks: 48_211, total: total(12, 1240, 181) }],
+        requests: 0,
     }
 }
 

@@ -9,6 +9,7 @@ use super::Sink;
 use super::escape::is_dangerous;
 use crate::core::event::{Frame, FrameKind, How, LoopInfo, Origin, Owner, RequestFacts, Runtime};
 use crate::core::incident::{Attribution, Blame, Cumulative, Incident, Ongoing, Update, Verdict, WaitTotal, user_line};
+use crate::core::request::{EndedRequest, RequestCounts};
 use crate::core::summary::{Summary, ThreadTotal};
 
 pub struct JsonLines<W> {
@@ -39,6 +40,7 @@ impl<W: Write> Sink for JsonLines<W> {
             Update::CumulativeOngoing(open) => self.line(&CumulativeOngoingObject::new(open)),
             // Each block says which threshold held for it.
             Update::Threshold(_) => Ok(()),
+            Update::Request(ended) => self.line(&EndedRequestObject::new(ended)),
         }
     }
 
@@ -165,6 +167,46 @@ struct OngoingObject<'a> {
 }
 
 #[derive(Serialize)]
+struct EndedRequestObject<'a> {
+    r#type: &'static str,
+    id: &'a str,
+    method: Option<&'a str>,
+    /// Unknown if the request began before loopguard came.
+    path: Option<&'a str>,
+    route: Option<&'a str>,
+    client: Option<&'a str>,
+    trace_id: Option<&'a str>,
+    /// None: it got no response.
+    status: Option<u64>,
+    t_start_ns: u64,
+    t_end_ns: u64,
+    duration_ms: f64,
+    blocked_ms: f64,
+    /// Of its steps in all: on the CPU, waiting, waiting for the GIL and without a CPU add up to this.
+    held_ms: f64,
+    on_cpu_ms: f64,
+    waiting_ms: f64,
+    gil_ms: f64,
+    run_queue_ms: f64,
+    longest_step_ms: f64,
+    steps: u32,
+    blocks: u32,
+    complete: bool,
+    pid: u32,
+}
+
+#[derive(Serialize)]
+struct RequestsObject {
+    ended: u64,
+    open: u64,
+    never_ended: u64,
+    untracked: u64,
+    unpaired: u64,
+    frames_agree: u64,
+    frames_disagree: u64,
+}
+
+#[derive(Serialize)]
 struct LoopFields<'a> {
     pid: u32,
     tid: u32,
@@ -227,6 +269,9 @@ struct SummaryObject<'a> {
     lost_records: u64,
     unsymbolized: u64,
     self_cpu_ms: f64,
+    /// Only where a server tells of its requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests: Option<RequestsObject>,
     threads: Vec<ThreadObject<'a>>,
 }
 
@@ -359,6 +404,43 @@ impl<'a> CumulativeOngoingObject<'a> {
     }
 }
 
+impl<'a> EndedRequestObject<'a> {
+    fn new(ended: &'a EndedRequest) -> Self {
+        let (facts, held, split) = (&ended.facts, &ended.held, ended.split());
+        Self {
+            r#type: "request",
+            id: &facts.id,
+            method: facts.method.as_deref(),
+            path: Some(facts.path.as_str()).filter(|path| !path.is_empty()),
+            route: facts.route.as_deref(),
+            client: facts.client.as_deref(),
+            trace_id: facts.trace_id.as_deref(),
+            status: ended.status,
+            t_start_ns: ended.start_ns,
+            t_end_ns: ended.end_ns,
+            duration_ms: ms(ended.duration_ns()),
+            blocked_ms: ms(held.blocked_ns),
+            held_ms: ms(held.ns),
+            on_cpu_ms: ms(split.on_cpu_ns),
+            waiting_ms: ms(split.waiting_ns),
+            gil_ms: ms(split.gil_ns),
+            run_queue_ms: ms(split.run_queue_ns),
+            longest_step_ms: ms(held.longest_ns),
+            steps: held.steps,
+            blocks: held.blocks,
+            complete: ended.is_complete,
+            pid: ended.pid,
+        }
+    }
+}
+
+impl RequestsObject {
+    fn new(ended: u64, counts: &RequestCounts) -> Option<Self> {
+        let RequestCounts { are_told, open, never_ended, untracked, unpaired, frames_agree, frames_disagree } = *counts;
+        are_told.then_some(Self { ended, open, never_ended, untracked, unpaired, frames_agree, frames_disagree })
+    }
+}
+
 impl<'a> LoopFields<'a> {
     fn new(info: &'a LoopInfo) -> Self {
         Self { pid: info.pid, tid: info.tid, thread: &info.thread, runtime: info.runtime }
@@ -425,6 +507,7 @@ impl<'a> SummaryObject<'a> {
             lost_records: measured.lost_records,
             unsymbolized: measured.unsymbolized,
             self_cpu_ms: ms(measured.self_cpu.as_nanos() as u64),
+            requests: RequestsObject::new(summary.requests, &measured.requests),
             threads: summary.threads.iter().map(ThreadObject::new).collect(),
         }
     }
@@ -603,6 +686,33 @@ mod tests {
           {"kind":"python","function":"read_item","file":"/srv/shop/api/items.py","line":12,"origin":"user"},
           {"kind":"python","function":"Handle._run","file":"/usr/lib/python3.12/asyncio/events.py","line":88,"origin":"runtime"}]}
         "#);
+    }
+
+    #[test]
+    fn a_request_that_ended() {
+        let line = shown(Update::Request(example::ended_request()));
+        let lines = ["\"status\"", "\"held_ms\"", "\"steps\""];
+        let shown = lines.iter().fold(line, |line, start| line.replace(start, &format!("\n{start}")));
+        insta::assert_snapshot!(shown, @r#"
+        {"type":"request","id":"abc-123","method":"GET","path":"/items/7","route":"/items/{id}","client":"10.0.0.9:41022","trace_id":null,
+        "status":200,"t_start_ns":1234567890,"t_end_ns":1324567890,"duration_ms":90.0,"blocked_ms":52.346,
+        "held_ms":60.5,"on_cpu_ms":10.0,"waiting_ms":50.0,"gil_ms":0.4,"run_queue_ms":0.1,"longest_step_ms":52.346,
+        "steps":4,"blocks":1,"complete":true,"pid":1234}
+        "#);
+    }
+
+    #[test]
+    fn a_summary_counts_requests_where_they_are_told() {
+        let mut summary = example::summary();
+        summary.requests = 9;
+        summary.measured.requests =
+            RequestCounts { are_told: true, open: 1, frames_agree: 3, ..RequestCounts::default() };
+        let mut out = Vec::new();
+        JsonLines::new(&mut out).finish(&summary).unwrap();
+        let object: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        let counts =
+            r#"{"ended":9,"frames_agree":3,"frames_disagree":0,"never_ended":0,"open":1,"unpaired":0,"untracked":0}"#;
+        assert_eq!(object["requests"].to_string(), counts);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::core::incident::{
     Attribution, Blame, Cumulative, Incident, LineShare, Ongoing, OwnerShare, Split, ThresholdChange, Update, Verdict,
     Victims, WaitTotal, user_line,
 };
+use crate::core::request::RequestCounts;
 use crate::core::summary::{LineLabel, RouteLabel, Summary, ThreadTotal, Total};
 
 /// Rows of a table in the summary, waits of a block.
@@ -76,6 +77,8 @@ impl<W: Write> Sink for Text<W> {
             Update::Cumulative(block) => self.look.cumulative(block),
             Update::CumulativeOngoing(open) => self.look.cumulative_ongoing(open),
             Update::Threshold(change) => self.look.threshold(change),
+            // One for every request of a busy server is nothing to read along: the summary counts them.
+            Update::Request(_) => return Ok(()),
         };
         self.out.write_all(text.as_bytes())?;
         self.out.flush()
@@ -280,6 +283,7 @@ impl Look {
             let Total { blocks, blocked_ns, .. } = summary.excluded;
             text += &format!("  not told, as their routes are excluded: {blocks} blocks, {}\n", span(blocked_ns));
         }
+        text += &requests(summary.requests, &measured.requests);
         text += &format!(
             "  lost records: {}, frames without a name: {}, CPU time of loopguard: {}\n",
             measured.lost_records,
@@ -417,6 +421,25 @@ fn waits(waits: &[WaitTotal]) -> String {
 
 fn thread(info: &LoopInfo) -> String {
     format!("{} {}", printable(&info.thread), info.tid)
+}
+
+/// What the servers told of their requests, where they do, and what was not well with that.
+fn requests(ended: u64, counts: &RequestCounts) -> String {
+    if !counts.are_told {
+        return String::new();
+    }
+    let mut text = format!("  requests ended: {ended}, still open: {}", counts.open);
+    for (count, what) in [
+        (counts.never_ended, "that never ended"),
+        (counts.untracked, "too many to follow"),
+        (counts.unpaired, "enters and exits without a counterpart"),
+        (counts.frames_disagree, "steps in which the frames showed another request"),
+    ] {
+        if count > 0 {
+            text += &format!(", {what}: {count}");
+        }
+    }
+    text + "\n"
 }
 
 fn thread_total(counted: &ThreadTotal) -> String {

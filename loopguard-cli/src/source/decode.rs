@@ -5,6 +5,7 @@ use std::mem::{MaybeUninit, offset_of, size_of};
 use loopguard_common::records::{
     CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, RawFrame, RecordKind, StackPage, StepRecord,
 };
+use loopguard_common::request::{RequestEndRecord, RequestRouteRecord, RequestStartRecord};
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Record {
@@ -12,6 +13,9 @@ pub enum Record {
     Capture(Box<CaptureRecord>),
     Poll(PollRecord),
     StackPage(Box<StackPage>),
+    RequestStart(Box<RequestStartRecord>),
+    RequestRoute(Box<RequestRouteRecord>),
+    RequestEnd(Box<RequestEndRecord>),
 }
 
 /// Nothing this version of loopguard knows.
@@ -36,6 +40,15 @@ pub fn decode(bytes: &[u8]) -> Result<Record, UnknownRecord> {
         unsafe { whole::<StackPage>(bytes) }.map(|page| Record::StackPage(Box::new(page))).ok_or(unknown)
     } else if kind == RecordKind::Capture as u32 {
         capture(bytes).map(Record::Capture).ok_or(unknown)
+    } else if kind == RecordKind::RequestStart as u32 {
+        // SAFETY: as above.
+        unsafe { whole(bytes) }.map(|record| Record::RequestStart(Box::new(record))).ok_or(unknown)
+    } else if kind == RecordKind::RequestRoute as u32 {
+        // SAFETY: as above.
+        unsafe { whole(bytes) }.map(|record| Record::RequestRoute(Box::new(record))).ok_or(unknown)
+    } else if kind == RecordKind::RequestEnd as u32 {
+        // SAFETY: as above.
+        unsafe { whole(bytes) }.map(|record| Record::RequestEnd(Box::new(record))).ok_or(unknown)
     } else {
         Err(unknown)
     }

@@ -1,5 +1,7 @@
 //! Owns the kernel programs: loads them, tells them what to watch, and reads their maps.
 
+mod requests;
+
 use std::{
     collections::HashMap as StdHashMap, fs, io, num::NonZeroU32, os::fd::OwnedFd, path::Path, thread, time::Duration,
 };
@@ -26,15 +28,18 @@ use loopguard_common::{
 use super::btf;
 use crate::{
     core::event::Tid,
-    runtime::{cpython::StepProbe, probe_site::ProbeSite},
+    runtime::{cpython::StepProbe, probe_site::ProbeSite, usdt::RequestProbe},
     sink::escape::printable,
 };
+use requests::RequestMaps;
 
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without the BPF toolchain.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LOOPGUARD_BPF_OBJECT"));
 
 /// Loop threads that can be watched at once: each has a clock and a capture buffer of about 4 KiB.
 pub const MAX_THREADS: u32 = 512;
+/// Requests that can be open at once, where servers tell of them.
+pub const MAX_OPEN_REQUESTS: u32 = 16384;
 
 /// How closely the kernel programs look.
 #[derive(Clone, Copy, Debug)]
@@ -132,6 +137,7 @@ pub struct Kernel {
     owners: Vec<Option<Tid>>,
     pace: Pace,
     log: Option<EbpfLogger<ToStandardError>>,
+    requests: RequestMaps,
     samplers: StdHashMap<Tid, PerfEventLinkId>,
     /// By process and program.
     step_probes: StdHashMap<(u32, &'static str), UProbeLinkId>,
@@ -152,6 +158,10 @@ pub struct Counts {
     pub lost: u64,
     pub lost_stack_pages: u64,
     pub sent: u64,
+    /// Requests for which there was no place.
+    pub requests_untracked: u64,
+    /// Enters and exits without a counterpart.
+    pub requests_astray: u64,
 }
 
 impl Kernel {
@@ -179,6 +189,7 @@ impl Kernel {
             .map_max_entries("CLOCKS", MAX_THREADS)
             .map_max_entries("CAPTURES", MAX_THREADS)
             .map_max_entries("STACK_PAGES", MAX_THREADS * pace.stack_pages.max(1))
+            .map_max_entries("REQUESTS", MAX_OPEN_REQUESTS)
             .load(OBJECT)
             .context("load the kernel programs (root, or CAP_BPF and CAP_PERFMON, is needed)")?;
         let log = match talk {
@@ -201,6 +212,7 @@ impl Kernel {
             owners: vec![None; MAX_THREADS as usize],
             pace,
             log,
+            requests: RequestMaps::take(&mut bpf)?,
             samplers: StdHashMap::new(),
             step_probes: StdHashMap::new(),
             bpf,
@@ -239,6 +251,10 @@ impl Kernel {
             let program: &mut UProbe = take(step_program(which))?.try_into()?;
             program.load().context("load the step programs")?;
         }
+        for probe in RequestProbe::ALL {
+            let program: &mut UProbe = take(requests::program(probe))?.try_into()?;
+            program.load().with_context(|| format!("load the program for {}", probe.name()))?;
+        }
         Ok(())
     }
 
@@ -260,6 +276,7 @@ impl Kernel {
         let _ = self.layouts.remove(&pid);
         let _ = self.mark(pid, false);
         self.detach_steps(pid);
+        self.detach_requests(pid);
     }
 
     pub fn detach_steps(&mut self, pid: u32) {
@@ -375,6 +392,8 @@ impl Kernel {
             lost: total(Counter::Lost),
             lost_stack_pages: total(Counter::LostStackPages),
             sent: total(Counter::Sent),
+            requests_untracked: total(Counter::RequestsUntracked),
+            requests_astray: total(Counter::RequestsAstray),
         }
     }
 

@@ -93,7 +93,7 @@ fn peer(host: &str, port: u32) -> String {
 }
 
 /// The trace id of a `traceparent` header (W3C Trace Context: `version-trace_id-parent_id-flags`).
-fn trace_id(header: &str) -> Option<String> {
+pub fn trace_id(header: &str) -> Option<String> {
     let mut fields = header.trim().split('-');
     let mut hex = |length: usize| {
         fields.next().filter(|field| field.len() == length && field.bytes().all(|byte| byte.is_ascii_hexdigit()))

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use loopguard_common::{
-    records::{AddressRange, LoopThread},
+    records::{AddressRange, LoopThread, THREAD_PARKS},
     walk::{Scratch, walk_frames},
 };
 
@@ -15,6 +15,9 @@ use crate::{
     runtime::cpython::PyThreadInfo,
     source::{kernel::Standing, process, syscall},
 };
+
+/// A worker's epoll descriptor as long as it is not known: its first poll will tell.
+const NO_DESCRIPTOR: i32 = -1;
 
 impl Live {
     /// Looks for loop threads that nobody reported: at the start, and for those that are stuck in a step.
@@ -65,6 +68,9 @@ impl Live {
     /// A thread polls: is it a loop of ours, and is this the loop's own poll?
     pub(super) fn polled(&mut self, poll: Poll, standing: Standing, events: &mut Vec<Event>) -> Result<()> {
         let Poll { pid, tid, epoll_fd, syscall } = poll;
+        if epoll_fd < 0 {
+            return self.runs_requests(pid, tid, events);
+        }
         if let Some(known) = self.loops.get_mut(&tid) {
             // A nested poll is blocking like any other wait, unless the loop was replaced by another one.
             if known.epoll_fd != epoll_fd && !process::is_epoll_descriptor(pid, known.epoll_fd) {
@@ -94,6 +100,32 @@ impl Live {
         self.adopt(found, standing, events)
     }
 
+    /// A thread that nobody knew runs a request's code: a worker, whose idling need not be a poll of its own.
+    fn runs_requests(&mut self, pid: u32, tid: Tid, events: &mut Vec<Event>) -> Result<()> {
+        // The loops of an interpreter show themselves when they poll.
+        if self.loops.contains_key(&tid) || self.targets.get(&pid).is_none_or(|target| target.python.is_some()) {
+            return Ok(());
+        }
+        // Workers of one runtime take turns at polling the same one.
+        let others = self.loops.values().find(|known| known.info.pid == pid && known.epoll_fd >= 0);
+        let epoll_fd = match (others, &process::epoll_descriptors(pid)[..]) {
+            (Some(other), _) => other.epoll_fd,
+            (None, [only]) => *only,
+            (None, _) => NO_DESCRIPTOR,
+        };
+        let standing = Standing::InTick { now_ns: process::monotonic_ns(), waits_in: None };
+        self.adopt(Found { pid, tid, epoll_fd, runtime: Runtime::Epoll, python: None }, standing, events)
+    }
+
+    /// Where servers tell of their requests, a sleeping worker is told from a blocked one.
+    pub(super) fn mark_workers(&mut self, pid: u32) {
+        let workers = self.loops.values().filter(|known| known.info.pid == pid && known.python.is_none());
+        for tid in workers.map(|known| known.info.tid) {
+            // If it ended meanwhile, that is seen soon.
+            let _ = self.kernel.update_thread(tid, |thread| thread.flags |= THREAD_PARKS);
+        }
+    }
+
     /// The interpreter's thread state of a thread, and its frames now.
     fn python_stack(&mut self, pid: u32, tid: Tid) -> Option<(PyThreadInfo, Stack)> {
         let python = self.targets.get_mut(&pid)?.python.as_mut()?;
@@ -113,9 +145,11 @@ impl Live {
             (Some(thread), Some(python)) => python.interpreter.gil_ranges(thread.interpreter),
             _ => [AddressRange::default(); 2],
         };
+        let parks = python.is_none() && self.requests.are_told_by(pid);
         let thread = LoopThread {
             tid,
             tgid: pid,
+            flags: if parks { THREAD_PARKS } else { 0 },
             epoll_fd,
             thread_state: python.as_ref().map_or(0, |thread| thread.state),
             native_thread_id: python.as_ref().map_or(0, |thread| thread.native_thread_id),

@@ -27,6 +27,7 @@ const ONGOING_AFTER_NS: u64 = 500_000_000;
 #[derive(Default)]
 pub(super) struct StepFacts {
     seq: u64,
+    captured: bool,
     /// Whose it is, and when that was seen.
     owner: Option<(Owner, u64)>,
     waits_on: Vec<((i32, u64), Option<String>)>,
@@ -61,6 +62,7 @@ impl Live {
         if facts.seq != record.step_seq {
             *facts = StepFacts { seq: record.step_seq, ..StepFacts::default() };
         }
+        let is_first_capture = !std::mem::replace(&mut facts.captured, true);
         let is_wait = record.cause == CaptureCause::Wait as u32;
         let key = (record.syscall, record.arg0);
         let known_on = facts.waits_on.iter().find(|(known, _)| *known == key).map(|(_, on)| on.clone());
@@ -79,7 +81,13 @@ impl Live {
             Some(python) if record.request.scope != 0 => python.inspector.request(&record.request),
             _ => None,
         };
-        let owner = match (in_frames, known_owner) {
+        if let Some(request) = &in_frames {
+            self.requests.seen_in_frames((record.header.tgid, record.running), request, is_first_capture);
+        }
+        let told = self.requests.owner(record.header.tgid, record.running);
+        let owner = match (in_frames, told.or(known_owner)) {
+            // The server's own word stands, and the frames add to it.
+            (_, Some(told @ Owner::Request { how: How::Usdt, .. })) => told,
             (Some(request), _) => Owner::Request { request: Arc::new(request), how: How::AsgiFrame },
             (None, Some(known)) => known,
             (None, None) if runs(self) => {
@@ -216,6 +224,7 @@ impl Live {
                     seq: clock.step_seq,
                     start_ns: clock.step_start_ns,
                     now_ns: now,
+                    told: self.requests.owner(known.info.pid, clock.running.current()),
                 })));
             }
         }
@@ -247,6 +256,7 @@ impl Live {
         record.step_seq = clock.step_seq;
         record.step_start_ns = clock.step_start_ns;
         record.tick_start_ns = clock.tick_start_ns;
+        record.running = clock.running.current();
         record.off_cpu = clock.off_cpu();
         // Still the same wait: nothing of what was read can have changed meanwhile.
         let after = self.kernel.clock(tid)?;
@@ -258,7 +268,8 @@ impl Live {
     }
 }
 
-pub(super) fn step(record: &StepRecord) -> Step {
+/// `told`: whose it is, if the server said so.
+pub(super) fn step(record: &StepRecord, told: Option<Owner>) -> Step {
     let waits = record.waits.iter().take((record.wait_count as usize).min(record.waits.len()));
     Step {
         tid: record.header.tid,
@@ -276,6 +287,7 @@ pub(super) fn step(record: &StepRecord) -> Step {
             })
             .collect(),
         probed: record.flags & STEP_PROBED != 0,
+        told,
         cut_at_attach: record.flags & STEP_CUT_AT_ATTACH != 0,
     }
 }

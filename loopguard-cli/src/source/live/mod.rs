@@ -1,11 +1,12 @@
 //! Follows running processes: turns kernel records into events, reading the target while the step still runs.
 //!
-//! [`discover`] finds the loop threads, [`steps`] marks their steps, [`facts`] reads what a step is about, [`pages`] puts
-//! stack copies together.
+//! [`discover`] finds the loop threads, [`steps`] marks their steps, [`facts`] reads what a step is about, [`requests`]
+//! what servers tell of their requests, [`pages`] puts stack copies together.
 
 mod discover;
 mod facts;
 mod pages;
+mod requests;
 mod steps;
 mod victims;
 
@@ -42,6 +43,7 @@ use crate::{
 use discover::Poll;
 use facts::{Freshness, StepFacts, step};
 use pages::StackPages;
+use requests::Requests;
 use steps::{Closeness, StepMark};
 
 /// Loops that are gone and still listed.
@@ -83,6 +85,7 @@ pub struct Live {
     options: Options,
     targets: HashMap<u32, Target>,
     loops: HashMap<Tid, Loop>,
+    requests: Requests,
     cost: CostMeter,
     /// What happened and did not fit into events: for the person at the terminal.
     notices: Vec<String>,
@@ -158,6 +161,7 @@ impl Live {
             options,
             targets: HashMap::new(),
             loops: HashMap::new(),
+            requests: Requests::default(),
             cost: CostMeter::default(),
             notices: Vec::new(),
             finished: Vec::new(),
@@ -189,6 +193,7 @@ impl Live {
         self.kernel.watch_process(pid, layout.as_ref())?;
         self.targets
             .insert(pid, Target { pid, pidfd, python, uses_uvloop, closeness: Closeness::default(), ended: false });
+        self.find_request_probes(pid);
         Ok(())
     }
 
@@ -238,8 +243,12 @@ impl Live {
                     if record.flags & STEP_ADDS_UP != 0 {
                         self.watch_closely(record.header.tgid);
                     }
-                    events.push(Event::Step(step(&record)));
+                    let told = self.requests.owner(record.header.tgid, record.request);
+                    events.push(Event::Step(step(&record, told)));
                 }
+                Ok(Record::RequestStart(record)) => self.request_started(&record),
+                Ok(Record::RequestRoute(record)) => self.request_routed(&record),
+                Ok(Record::RequestEnd(record)) => events.push(self.request_ended(&record)),
                 Ok(Record::Poll(record)) => {
                     let found = Poll {
                         pid: record.header.tgid,
@@ -292,6 +301,7 @@ impl Live {
             self.naming.forget(target.pid);
         }
         events.push(Event::TimePassed { now_ns: process::monotonic_ns() });
+        self.tend_requests();
     }
 
     pub fn all_ended(&self) -> bool {
@@ -331,6 +341,7 @@ impl Live {
             now_ns: process::monotonic_ns(),
             threads: self.finished.iter().cloned().chain(threads).collect(),
             lost_records: self.kernel.counts().lost + self.unknown_records,
+            requests: self.request_counts(),
             unsymbolized: self.naming.unnamed(),
             self_cpu: process::own_cpu() + self.cost.total(),
         }

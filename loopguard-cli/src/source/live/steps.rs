@@ -7,7 +7,7 @@ use crate::{
     source::{kernel::Sampling, process},
 };
 use loopguard_common::records::{
-    THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST, THREAD_TELLS_SHORT,
+    THREAD_PARKS, THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST, THREAD_TELLS_SHORT,
 };
 
 /// How long a process is watched closely after an old step: twice the time since the one before it, within these
@@ -96,7 +96,7 @@ impl Live {
         };
         let flags = flags | THREAD_TELLS_SHORT;
         let placed = self.kernel.attach_steps(known.info.pid, which, (&site, known.slot));
-        match placed.and_then(|()| self.kernel.update_thread(tid, |thread| thread.flags = flags)) {
+        match placed.and_then(|()| self.kernel.update_thread(tid, |thread| thread.flags |= flags)) {
             Ok(()) => {}
             Err(error) => {
                 known.marks = None;
@@ -113,7 +113,7 @@ impl Live {
                 continue;
             }
             for known in self.loops.values().filter(|known| known.info.pid == target.pid) {
-                let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags = 0);
+                let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags &= THREAD_PARKS);
                 let _ = self.kernel.sample(known.info.tid, Sampling::Watchful);
             }
             self.kernel.detach_steps(target.pid);
