@@ -13,6 +13,7 @@ macro_rules! site {
         // SAFETY: a no-op, and data in sections of its own; it changes neither registers nor memory.
         unsafe {
             site_code!(
+                $name,
                 ".pushsection .note.stapsdt,\"?\",\"note\"",
                 ".balign 4",
                 ".4byte 992f-991f, 994f-993f, 3",
@@ -44,9 +45,10 @@ macro_rules! site {
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64", target_arch = "x86_64"))]
 macro_rules! site_code {
-    ($($line:expr,)* ; $($operand:ident = $value:expr),*) => {
+    ($name:literal, $($line:expr,)* ; $($operand:ident = $value:expr),*) => {
         core::arch::asm!(
             ".balign 8",
+            site_label!($name),
             "990: .byte 0x0f, 0x1f, 0x44, 0x00, 0x00",
             $($line,)*
             $($operand = in(reg) $value,)*
@@ -57,8 +59,9 @@ macro_rules! site_code {
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64", target_arch = "aarch64"))]
 macro_rules! site_code {
-    ($($line:expr,)* ; $($operand:ident = $value:expr),*) => {
+    ($name:literal, $($line:expr,)* ; $($operand:ident = $value:expr),*) => {
         core::arch::asm!(
+            site_label!($name),
             "990: nop",
             $($line,)*
             $($operand = in(reg) $value,)*
@@ -75,5 +78,48 @@ macro_rules! site_code {
 macro_rules! site {
     ($name:literal, $arguments:literal, $($operand:ident = $value:expr),* $(,)?) => {
         let _ = ($($value),*);
+    };
+}
+
+/// For `is_patched!`. Weak, and given once, since the compiler may copy a function.
+#[cfg(all(target_os = "linux", target_pointer_width = "64", any(target_arch = "x86_64", target_arch = "aarch64")))]
+macro_rules! site_label {
+    ($name:literal) => {
+        concat!(
+            ".ifndef _loopguard.",
+            $name,
+            "\n.weak _loopguard.",
+            $name,
+            "\n.hidden _loopguard.",
+            $name,
+            "\n_loopguard.",
+            $name,
+            ":\n.endif"
+        )
+    };
+}
+
+/// Whether a tracer has put something else in the place of a probe's no-op.
+#[cfg(all(target_os = "linux", target_pointer_width = "64", any(target_arch = "x86_64", target_arch = "aarch64")))]
+macro_rules! is_patched {
+    ($name:literal) => {{
+        unsafe extern "C" {
+            #[link_name = concat!("_loopguard.", $name)]
+            static SITE: u32;
+        }
+        let no_op = if cfg!(target_arch = "x86_64") { [0x0f, 0x1f, 0x44, 0x00] } else { [0x1f, 0x20, 0x03, 0xd5] };
+        // SAFETY: four aligned bytes of our own code, which others may write.
+        unsafe { core::ptr::read_volatile(&raw const SITE) != u32::from_ne_bytes(no_op) }
+    }};
+}
+
+#[cfg(not(all(
+    target_os = "linux",
+    target_pointer_width = "64",
+    any(target_arch = "x86_64", target_arch = "aarch64")
+)))]
+macro_rules! is_patched {
+    ($name:literal) => {
+        false
     };
 }

@@ -8,6 +8,7 @@ mod setup;
 mod sid;
 mod step;
 mod suite;
+mod wheel;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,7 @@ usage: cargo xtask COMMAND
   test [--all-pythons] [-- CARGO-TEST-ARGUMENTS]
                                all tests; as root those in the real kernel too;
                                --all-pythons: also Debian's newest interpreters, in a chroot
+  test --python                only those of the Python package
   bench accuracy|overhead|kernel [--json FILE], bench --compare OLD.json NEW.json
                                measure, as root, and compare with what was measured before
   lint-python                  ruff over the Python files";
@@ -54,6 +56,7 @@ fn run() -> Result<()> {
         ["demo", "--tui"] => demo::run(Screen::Tui),
         ["test"] => suite::run(Pythons::Host, &[]),
         ["test", "--all-pythons"] => suite::run(Pythons::HostAndSid, &[]),
+        ["test", "--python"] => suite::python(),
         ["test", "--", rest @ ..] => suite::run(Pythons::Host, rest),
         ["test", "--all-pythons", "--", rest @ ..] => suite::run(Pythons::HostAndSid, rest),
         ["bench", rest @ ..] => bench::run(rest),

@@ -88,6 +88,10 @@ impl Venv {
         Ok(venv)
     }
 
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     pub fn python(&self) -> PathBuf {
         self.folder.join("bin/python")
     }

@@ -10,6 +10,7 @@ use crate::pythons::{self, Venv};
 use crate::setup;
 use crate::sid::Sid;
 use crate::step::say;
+use crate::wheel::{self, Wheel};
 
 /// What the tests start servers with.
 pub const REQUIREMENTS: &str = "xtask/requirements-test.txt";
@@ -32,7 +33,7 @@ pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
     setup::run(&workspace)?;
     let pythons = host_pythons(&workspace)?;
     let axum = release_axum(&workspace)?;
-    let joined = std::env::join_paths(pythons).context("a path holds a colon")?;
+    let joined = std::env::join_paths(&pythons).context("a path holds a colon")?;
 
     let mut test = cargo();
     test.arg("test")
@@ -54,6 +55,9 @@ pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
     }
     let status = test.status().context("run cargo test")?;
     ensure!(status.success(), "tests failed");
+    if cargo_test_arguments.is_empty() {
+        test_package(&workspace, &pythons)?;
+    }
     Ok(())
 }
 
@@ -65,13 +69,28 @@ fn release_axum(workspace: &Workspace) -> Result<PathBuf> {
     Ok(workspace.target.join("release/axum-blocking"))
 }
 
+/// The Python package's tests alone.
+pub fn python() -> Result<()> {
+    let workspace = Workspace::locate()?;
+    test_package(&workspace, &host_pythons(&workspace)?)
+}
+
+fn test_package(workspace: &Workspace, pythons: &[PathBuf]) -> Result<()> {
+    pythons.iter().try_for_each(|python| wheel::test(workspace, python))
+}
+
 fn host_pythons(workspace: &Workspace) -> Result<Vec<PathBuf>> {
     let requirements = workspace.root.join(REQUIREMENTS);
-    let mut ready = Vec::new();
-    for python in pythons::find() {
+    let (pythons, mut ready) = (pythons::find(), Vec::new());
+    let newest = pythons.last().context("no CPython 3.11 or newer with venv: run `cargo xtask setup`")?;
+    let wheel = Wheel::build(workspace, newest)?;
+    for python in &pythons {
         let folder = workspace.target.join(format!("test/venv-{python}"));
-        match Venv::prepare(&python, folder, &requirements) {
-            Ok(venv) => ready.push(venv.python()),
+        match Venv::prepare(python, folder, &requirements) {
+            Ok(venv) => {
+                wheel.install(&venv)?;
+                ready.push(venv.python());
+            }
             Err(error) => say(&format!("going on without Python {python}: {error:#}")),
         }
     }
