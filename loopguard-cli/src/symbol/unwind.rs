@@ -233,3 +233,219 @@ impl Machine<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use proptest::prelude::*;
+
+    use super::super::cfi::{Index, Section, Tables};
+    use super::*;
+    use crate::runtime::elf::Image;
+
+    /// A process that maps one file, at its own addresses.
+    struct OneFile {
+        tables: Tables,
+        index: Index,
+    }
+
+    impl OneFile {
+        fn new(tables: Tables) -> Self {
+            Self { index: tables.index(), tables }
+        }
+    }
+
+    impl FindRow for OneFile {
+        fn row(&mut self, address: u64) -> Result<Arc<Row>, Missing> {
+            self.tables.row(&self.index, address).map(Arc::new).map_err(Missing::Row)
+        }
+    }
+
+    /// The same row everywhere.
+    struct Always(Row);
+
+    impl FindRow for Always {
+        fn row(&mut self, _address: u64) -> Result<Arc<Row>, Missing> {
+            Ok(Arc::new(self.0.clone()))
+        }
+    }
+
+    const ENCODING: gimli::Encoding = gimli::Encoding { address_size: 8, format: gimli::Format::Dwarf32, version: 4 };
+    const SP: u64 = 0x7ffd_0000_1000;
+    const IP: u16 = REGISTER_IP as u16;
+
+    fn stack(words: &[u64]) -> StackCopy {
+        let mut registers = [Some(0); REGISTERS];
+        registers[REGISTER_SP] = Some(SP);
+        registers[REGISTER_IP] = Some(0x1000);
+        StackCopy { registers, start: SP, bytes: words.iter().flat_map(|word| word.to_le_bytes()).collect() }
+    }
+
+    fn row(cfa: Cfa, registers: Vec<(u16, Rule)>) -> Always {
+        Always(Row { cfa, registers, is_signal: false, encoding: ENCODING })
+    }
+
+    fn above(offset: i64) -> Cfa {
+        Cfa::Register { number: REGISTER_SP as u16, offset }
+    }
+
+    #[test]
+    fn calls_are_followed_to_the_end_of_the_stack() {
+        let mut find = row(above(16), vec![(IP, Rule::At(-8))]);
+        let (calls, end) = unwind(&stack(&[7, 0x2000, 7, 0x3000, 7, 0]), &mut find);
+        assert_eq!(end, End::Complete);
+        // Return addresses are looked up one byte before, in the call itself.
+        assert_eq!(calls.iter().map(|call| call.address).collect::<Vec<_>>(), [0x1000, 0x1fff, 0x2fff]);
+        assert_eq!((calls[1].sp, calls[1].cfa), (SP + 16, SP + 32));
+    }
+
+    #[test]
+    fn a_stack_that_cannot_be_finished_says_why() {
+        let mut find = row(above(16), vec![(IP, Rule::At(-8))]);
+        let (calls, end) = unwind(&stack(&[7, 0x2000, 7, 0x3000]), &mut find);
+        assert_eq!((calls.len(), end), (3, End::BeyondCopy));
+        let ends_at = |find: &mut dyn FnMut() -> Always, words: &[u64]| unwind(&stack(words), &mut find()).1;
+        assert_eq!(ends_at(&mut || row(above(16), vec![(IP, Rule::Undefined)]), &[1; 9]), End::Complete);
+        assert_eq!(ends_at(&mut || row(above(16), vec![]), &[1; 9]), End::BadInformation);
+        assert_eq!(ends_at(&mut || row(above(-16), vec![(IP, Rule::At(-8))]), &[1; 9]), End::BadInformation);
+    }
+
+    #[test]
+    fn tables_that_run_in_circles_end() {
+        // No call leaves the stack pointer where it was.
+        let mut stuck = row(above(0), vec![(IP, Rule::At(0))]);
+        assert_eq!(unwind(&stack(&[0x1001; 64]), &mut stuck).1, End::BadInformation);
+        // Every call returns to itself, on a stack without end.
+        let mut endless = row(above(8), vec![(IP, Rule::At(-8))]);
+        let (calls, end) = unwind(&stack(&[0x1001; 4096]), &mut endless);
+        assert_eq!((calls.len(), end), (MAX_FRAMES, End::TooDeep));
+        // A signal's frame may move the stack pointer anywhere, and so back.
+        let mut signals = row(above(0), vec![(IP, Rule::At(0))]);
+        signals.0.is_signal = true;
+        assert_eq!(unwind(&stack(&[0x1001; 64]), &mut signals).1, End::TooDeep);
+        // DW_OP_skip to itself.
+        let skip = Cfa::Expression([0x2f, 0xfd, 0xff].into());
+        assert_eq!(unwind(&stack(&[1; 9]), &mut row(skip, vec![])).1, End::BadInformation);
+        // DW_OP_breg7 0, DW_OP_deref, DW_OP_skip to the second.
+        let load = Cfa::Expression([0x77, 0, 0x06, 0x2f, 0xfc, 0xff].into());
+        assert_eq!(unwind(&stack(&[SP; 9]), &mut row(load, vec![])).1, End::BadInformation);
+    }
+
+    #[test]
+    fn expressions_read_registers_and_the_stack() {
+        // What OpenSSL's assembly says: DW_OP_breg7 (rsp) 24, DW_OP_deref, DW_OP_plus_uconst 8.
+        let aligned = Cfa::Expression([0x77, 24, 0x06, 0x23, 8].into());
+        let words = [0, 0, 0, SP + 40, 0, 0x2000, 0, 0, 0, 0];
+        let (calls, _) = unwind(&stack(&words), &mut row(aligned, vec![(IP, Rule::At(-8))]));
+        assert_eq!((calls[0].cfa, calls[1].address), (SP + 48, 0x1fff));
+    }
+
+    /// Its own executable's tables, which are large and real.
+    fn own_tables() -> Tables {
+        let image = Image::of_file(File::open("/proc/self/exe").unwrap()).unwrap();
+        let section = |name: &str| {
+            let (address, bytes) = image.section_bytes(name).unwrap();
+            Some(Section { address, bytes: bytes.into() })
+        };
+        Tables {
+            eh_frame: section(".eh_frame"),
+            eh_frame_hdr: section(".eh_frame_hdr"),
+            text: image.section(".text").unwrap().address,
+            ..Tables::default()
+        }
+    }
+
+    #[test]
+    fn a_table_without_its_sorted_index_gives_the_same_rows() {
+        let image = Image::of_file(File::open("/proc/self/exe").unwrap()).unwrap();
+        let text = image.section(".text").unwrap();
+        let by_header = OneFile::new(own_tables());
+        let by_search = OneFile::new(Tables { eh_frame_hdr: None, ..own_tables() });
+        let mut found = 0;
+        for address in (text.address..text.address + text.size).step_by(40_013) {
+            let rows = [&by_header, &by_search].map(|file| file.tables.row(&file.index, address));
+            assert_eq!(rows[0], rows[1], "{address:#x}");
+            found += u32::from(rows[0].is_ok());
+        }
+        assert!(found > 20, "{found}");
+    }
+
+    fn damaged(section: Option<Section>, damage: &[(usize, u8)], length: usize) -> Option<Section> {
+        let Section { address, bytes } = section?;
+        let mut bytes = bytes.to_vec();
+        for (at, byte) in damage {
+            let at = at % bytes.len();
+            bytes[at] ^= byte;
+        }
+        bytes.truncate(length);
+        Some(Section { address, bytes: bytes.into() })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_tables_break_it(
+            eh_frame in proptest::collection::vec(any::<u8>(), 0..400),
+            header in proptest::collection::vec(any::<u8>(), 0..200),
+            debug_frame in proptest::collection::vec(any::<u8>(), 0..400),
+            words in proptest::collection::vec(prop_oneof![any::<u64>(), 0u64..500, SP..SP + 500], 0..64),
+            address in 0u64..600,
+        ) {
+            let section = |bytes: Vec<u8>| Some(Section { address: 0x40, bytes: bytes.into() });
+            let mut file = OneFile::new(Tables {
+                eh_frame: section(eh_frame),
+                eh_frame_hdr: section(header),
+                debug_frame: section(debug_frame),
+                ..Tables::default()
+            });
+            let mut stack = stack(&words);
+            stack.registers[REGISTER_IP] = Some(address);
+            let (calls, _) = unwind(&stack, &mut file);
+            prop_assert!(calls.len() <= MAX_FRAMES);
+        }
+
+        #[test]
+        fn no_expressions_break_it(
+            cfa in proptest::collection::vec(any::<u8>(), 0..40),
+            ip in proptest::collection::vec(any::<u8>(), 0..40),
+            words in proptest::collection::vec(prop_oneof![any::<u64>(), SP..SP + 500], 0..64),
+            is_signal: bool,
+        ) {
+            let cfa = Cfa::Expression(cfa.into());
+            let mut find = row(cfa, vec![(IP, Rule::AtExpression(ip.into()))]);
+            find.0.is_signal = is_signal;
+            let (calls, _) = unwind(&stack(&words), &mut find);
+            prop_assert!(calls.len() <= MAX_FRAMES);
+        }
+    }
+
+    proptest! {
+        // Each has a table of megabytes to look through.
+        #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+        #[test]
+        fn damaged_tables_are_harmless(
+            damage in proptest::collection::vec((any::<usize>(), 1u8..), 0..3000),
+            header_damage in proptest::collection::vec((any::<usize>(), 1u8..), 0..300),
+            keep in 0.0f64..1.2,
+            with_header: bool,
+            words in proptest::collection::vec(any::<u32>(), 64),
+        ) {
+            let own = own_tables();
+            let (text, length) = (own.text, own.eh_frame.as_ref().map_or(0, |section| section.bytes.len()));
+            let eh_frame = damaged(own.eh_frame, &damage, (length as f64 * keep) as usize);
+            let eh_frame_hdr = damaged(own.eh_frame_hdr, &header_damage, usize::MAX).filter(|_| with_header);
+            let mut file = OneFile::new(Tables { eh_frame, eh_frame_hdr, text, ..Tables::default() });
+            // Every word might be a return address.
+            let words: Vec<u64> = words.iter().map(|word| text + u64::from(word % 3_000_000)).collect();
+            for address in &words {
+                let mut stack = stack(&words);
+                stack.registers[REGISTER_IP] = Some(*address);
+                let (calls, _) = unwind(&stack, &mut file);
+                prop_assert!(calls.len() <= MAX_FRAMES);
+            }
+        }
+    }
+}
