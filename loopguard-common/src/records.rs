@@ -106,6 +106,20 @@ pub struct RawFrame {
     pub fingerprint: u64,
 }
 
+/// Frames kept of the thread that holds the GIL.
+pub const HOLDER_FRAMES: usize = 8;
+
+/// The thread that holds the GIL while another one waits for it. It runs meanwhile: a frame may be gone by now.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GilHolder {
+    /// Its tid as the interpreter sees it; 0: not known.
+    pub native_thread_id: u64,
+    pub frame_count: u32,
+    pub _pad: u32,
+    pub frames: [RawFrame; HOLDER_FRAMES],
+}
+
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CaptureCause {
@@ -180,6 +194,8 @@ pub struct CaptureRecord {
     pub registers: [u64; REGISTERS],
     /// For a wait in `futex`: the first words at the address waited on, as they were then.
     pub futex: [u64; FUTEX_WORDS],
+    /// For a wait for the GIL: who had it then.
+    pub holder: GilHolder,
     /// Address of the current asyncio task where the thread state holds it (CPython 3.14 on), else 0.
     pub task: u64,
     /// The request whose own probes bracket the step; 0: none.
@@ -301,8 +317,10 @@ const _: () = assert!(size_of::<Wait>() == 24);
 const _: () = assert!(size_of::<StepRecord>() == 16 + 5 * 8 + 24 + MAX_WAITS * 24 + 8);
 const _: () = assert!(size_of::<RawFrame>() == 24);
 const _: () = assert!(size_of::<RequestSnapshot>() == 24 + 320 + 72 + 112 + 168 + 96);
-const _: () =
-    assert!(offset_of!(CaptureRecord, frames) == 16 + 8 + 6 * 8 + 24 + (REGISTERS + FUTEX_WORDS + 2) * 8 + 16 + 792);
+const _: () = assert!(
+    offset_of!(CaptureRecord, frames) == 16 + 8 + 6 * 8 + 24 + (REGISTERS + FUTEX_WORDS + 2) * 8 + 208 + 16 + 792
+);
+const _: () = assert!(size_of::<GilHolder>() == 16 + 24 * HOLDER_FRAMES);
 const _: () = assert!(size_of::<StackPage>() == 32 + STACK_PAGE);
 const _: () = assert!(size_of::<PollRecord>() == 32);
 const _: () = assert!(size_of::<LoopThread>() == 88 + 24);

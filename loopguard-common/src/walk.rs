@@ -5,7 +5,9 @@
 //! what one loop leaves for the next is stored and read back.
 
 use crate::layout::{ABSENT, PyLayout};
-use crate::records::{CaptureRecord, FRAME_ENTRY, FRAME_SHIM, MAX_FRAMES, RawFrame, RequestSnapshot, WalkStatus};
+use crate::records::{
+    CaptureRecord, FRAME_ENTRY, FRAME_SHIM, GilHolder, HOLDER_FRAMES, MAX_FRAMES, RawFrame, RequestSnapshot, WalkStatus,
+};
 
 /// Reads the target's memory.
 pub trait Memory {
@@ -159,6 +161,47 @@ pub fn walk_frames<M: Memory>(
     }
     out.frame_count = count as u32;
     out.walk = status as u32;
+}
+
+/// `_gil_runtime_state.last_holder` (`pycore_gil.h`): who has the GIL while it is locked.
+const GIL_LAST_HOLDER: u64 = 8;
+
+/// Walks the innermost frames of the thread that holds the GIL whose state is at `gil`.
+#[inline(always)]
+pub fn walk_holder<M: Memory>(memory: &M, layout: &PyLayout, gil: u64, scratch: &mut Scratch, out: &mut GilHolder) {
+    out.native_thread_id = 0;
+    out.frame_count = 0;
+    let state = memory.read_u64(gil.wrapping_add(GIL_LAST_HOLDER));
+    if state == 0 {
+        return;
+    }
+    out.native_thread_id = memory.read_u64(state.wrapping_add(layout.ts_native_thread_id as u64));
+    let mut frame = memory.read_u64(state.wrapping_add(layout.ts_frame as u64));
+    if layout.cframe_frame != ABSENT {
+        frame = memory.read_u64(frame.wrapping_add(layout.cframe_frame as u64));
+    }
+    let mut count = 0;
+    for i in 0..HOLDER_FRAMES {
+        if frame == 0 || !read_frame(memory, frame, &mut scratch.words) {
+            break;
+        }
+        let owner = field(&scratch.words, layout.frame_owner) & 0xff;
+        let code = field(&scratch.words, layout.frame_executable) & !3;
+        if owner < layout.shim_owner as u64 {
+            let mut names = [0u64; 2];
+            memory.read(code.wrapping_add(layout.code_qualname as u64), &mut names);
+            out.frames[i] = RawFrame {
+                code,
+                instr: field(&scratch.words, layout.frame_instr),
+                fingerprint: fingerprint(names[0], names[1]),
+            };
+        } else {
+            out.frames[i] = RawFrame { code: FRAME_SHIM, instr: frame, fingerprint: 0 };
+        }
+        count = i + 1;
+        frame = field(&scratch.words, layout.frame_previous);
+    }
+    out.frame_count = count as u32;
 }
 
 /// The last frame of a stack chunk may end less than [`FRAME_WORDS`] before unmapped memory: then without its locals.

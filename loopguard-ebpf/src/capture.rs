@@ -10,10 +10,10 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::{BACKOFF_STEP, BACKOFF_TICK, CapturePace, LoopClock},
     records::{
-        CaptureCause, LoopThread, REGISTER_SP, REGISTERS, RecordHeader, RecordKind, SYSCALL_NONE,
+        CaptureCause, FUTEX_WORDS, LoopThread, REGISTER_SP, REGISTERS, RecordHeader, RecordKind, SYSCALL_NONE,
         THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_TELLS_SHORT, WalkStatus,
     },
-    walk::{Memory, PyThread, snapshot_request, walk_frames},
+    walk::{Memory, PyThread, snapshot_request, walk_frames, walk_holder},
 };
 
 use crate::{
@@ -119,6 +119,23 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
         }
     } else {
         record.request.scope = 0;
+    }
+}
+
+/// Copies what says whom a futex is waited for: the GIL's holder, or the owner of a mutex.
+#[inline(always)]
+pub fn take_futex(target: &Watched, address: u64, is_gil: bool, buffer: &mut CaptureBuffer) {
+    buffer.record.holder.native_thread_id = 0;
+    if !is_gil {
+        if !OwnMemory.read(address, &mut buffer.record.futex) {
+            buffer.record.futex = [0; FUTEX_WORDS];
+        }
+        return;
+    }
+    // SAFETY: written before the thread is watched, then only replaced whole.
+    if let Some(layout) = unsafe { LAYOUTS.get(target.thread.tgid) } {
+        let gil = target.thread.gil[0].start;
+        walk_holder(&OwnMemory, layout, gil, &mut buffer.scratch, &mut buffer.record.holder);
     }
 }
 

@@ -73,16 +73,20 @@ fn switched_out(mut target: Watched, preempted: bool) {
     }
     target.clock.seen_running(now);
     let Some(buffer) = capture_buffer(target.slot) else { return };
-    let gil = registers.syscall == futex_syscall()
-        && (target.thread.gil[0].contains(registers.arg0) || target.thread.gil[1].contains(registers.arg0));
+    let futex = registers.syscall == futex_syscall();
+    let gil = futex && (target.thread.gil[0].contains(registers.arg0) || target.thread.gil[1].contains(registers.arg0));
     target.clock.switch_out(now, SwitchOut::Waits { syscall: registers.syscall, arg0: registers.arg0, gil });
     buffer.record.cause = CaptureCause::Wait as u32;
     buffer.record.syscall = registers.syscall;
     buffer.record.arg0 = registers.arg0;
     registers.write(&mut buffer.record.registers);
     capture::take(&target, now, buffer);
+    if futex {
+        capture::take_futex(&target, registers.arg0, gil, buffer);
+    }
     buffer.record.stack_pages = 0;
-    if target.clock.stack_due(now) {
+    // In an old step the wait need not be long to be worth a capture.
+    if target.clock.stack_due(now) || target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
         buffer.record.stack_pages =
             stack::copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
     }

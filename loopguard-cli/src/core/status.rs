@@ -1,6 +1,9 @@
 //! The live figures of a run: what is shown beside blocks, about once a second, and at the end.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
+
+use serde::Serialize;
 
 use loopguard_common::clock::TICK_BUCKETS;
 
@@ -21,8 +24,21 @@ pub struct Status {
     pub requests: RequestCounts,
     /// Frames that could not be named.
     pub unsymbolized: u64,
+    pub stacks: StackCounts,
     /// CPU time of loopguard, its kernel programs included.
     pub self_cpu: Duration,
+}
+
+/// Native stacks that were unwound.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct StackCounts {
+    pub unwound: u64,
+    /// To the thread's start.
+    pub complete: u64,
+    /// Captures whose stack copy did not arrive.
+    pub lost: u64,
+    /// Why others are not complete, and how many.
+    pub incomplete: BTreeMap<&'static str, u64>,
 }
 
 /// One loop thread since it is watched.
@@ -49,6 +65,7 @@ impl From<&Status> for Measured {
             lost_records: status.lost_records,
             requests: status.requests,
             unsymbolized: status.unsymbolized,
+            stacks: status.stacks.clone(),
             self_cpu: status.self_cpu,
         }
     }

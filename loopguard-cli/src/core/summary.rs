@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::event::{LoopInfo, Owner, RequestFacts, Tid};
 use super::incident::{Cumulative, Incident};
 use super::request::RequestCounts;
+use super::status::StackCounts;
 
 /// Routes, and lines, that are told apart; what comes later counts as `other`.
 pub const MAX_LABELS: usize = 200;
@@ -45,6 +46,7 @@ pub struct Measured {
     pub requests: RequestCounts,
     /// Frames that could not be named.
     pub unsymbolized: u64,
+    pub stacks: StackCounts,
     /// CPU time of loopguard, its kernel programs included.
     pub self_cpu: Duration,
 }

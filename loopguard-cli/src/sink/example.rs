@@ -147,6 +147,7 @@ pub fn summary() -> Summary {
             lost_records: 0,
             requests: RequestCounts::default(),
             unsymbolized: 2,
+            stacks: Default::default(),
             self_cpu: Duration::from_micros(210_400),
         },
         total: total(12, 1240, 181),

@@ -10,6 +10,7 @@ use super::escape::is_dangerous;
 use crate::core::event::{Frame, FrameKind, How, LoopInfo, Origin, Owner, RequestFacts, Runtime};
 use crate::core::incident::{Attribution, Blame, Cumulative, Incident, Ongoing, Update, Verdict, WaitTotal, user_line};
 use crate::core::request::{EndedRequest, RequestCounts};
+use crate::core::status::StackCounts;
 use crate::core::summary::{Summary, ThreadTotal};
 
 pub struct JsonLines<W> {
@@ -268,6 +269,9 @@ struct SummaryObject<'a> {
     excluded_ms: f64,
     lost_records: u64,
     unsymbolized: u64,
+    /// Of targets whose native stacks were copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stacks: Option<&'a StackCounts>,
     self_cpu_ms: f64,
     /// Only where a server tells of its requests.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -506,6 +510,7 @@ impl<'a> SummaryObject<'a> {
             excluded_ms: ms(summary.excluded.blocked_ns),
             lost_records: measured.lost_records,
             unsymbolized: measured.unsymbolized,
+            stacks: Some(&measured.stacks).filter(|stacks| stacks.unwound + stacks.lost > 0),
             self_cpu_ms: ms(measured.self_cpu.as_nanos() as u64),
             requests: RequestsObject::new(summary.requests, &measured.requests),
             threads: summary.threads.iter().map(ThreadObject::new).collect(),

@@ -13,6 +13,7 @@ use crate::core::incident::{
     Victims, WaitTotal, user_line,
 };
 use crate::core::request::RequestCounts;
+use crate::core::status::StackCounts;
 use crate::core::summary::{LineLabel, RouteLabel, Summary, ThreadTotal, Total};
 
 /// Rows of a table in the summary, waits of a block.
@@ -290,6 +291,7 @@ impl Look {
             measured.unsymbolized,
             span(measured.self_cpu.as_nanos() as u64)
         );
+        text += &native_stacks(&measured.stacks);
         text
     }
 
@@ -417,6 +419,19 @@ fn waits(waits: &[WaitTotal]) -> String {
         })
         .collect();
     if shown.is_empty() { String::new() } else { format!("    waited {}\n", shown.join(", ")) }
+}
+
+/// Nothing when all is well.
+fn native_stacks(stacks: &StackCounts) -> String {
+    let StackCounts { unwound, complete, lost, incomplete } = stacks;
+    if complete == unwound && *lost == 0 {
+        return String::new();
+    }
+    let mut text = format!("  native stacks: {complete} of {unwound} complete, {lost} lost\n");
+    for (why, count) in incomplete {
+        text += &format!("    {count}: {why}\n");
+    }
+    text
 }
 
 fn thread(info: &LoopInfo) -> String {

@@ -17,6 +17,41 @@ pub fn innermost_tid(pid: u32, tid: Tid) -> io::Result<u64> {
     Ok(ids.and_then(|ids| ids.split_whitespace().next_back()?.parse().ok()).unwrap_or(u64::from(tid)))
 }
 
+/// The thread of process `pid` that the target knows by `id`.
+pub fn tid_of_innermost(pid: u32, id: u64) -> Option<Tid> {
+    let same = u32::try_from(id).ok().filter(|&tid| innermost_tid(pid, tid).is_ok_and(|innermost| innermost == id));
+    same.or_else(|| threads(pid).ok()?.into_iter().find(|&tid| innermost_tid(pid, tid).is_ok_and(|own| own == id)))
+}
+
+/// Children that are named when any of several is waited for.
+const MAX_CHILDREN: usize = 3;
+
+/// The commands of a process's children, or of the one that the target knows by `wanted`.
+pub fn children(pid: u32, wanted: Option<u32>) -> Option<String> {
+    let is_named = |child: u32, wanted: u32| innermost_tid(child, child).is_ok_and(|own| own == u64::from(wanted));
+    let is_wanted = |child: u32| wanted.is_none_or(|wanted| is_named(child, wanted));
+    let is_child = |child: u32| parent(child) == Some(pid);
+    // The same number, unless the target lives in a pid namespace of its own.
+    let found: Vec<u32> = match wanted.filter(|&child| is_child(child) && is_wanted(child)) {
+        Some(child) => vec![child],
+        None => {
+            let processes = fs::read_dir("/proc").ok()?;
+            let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+            pids.filter(|&child| is_child(child) && is_wanted(child)).collect()
+        }
+    };
+    let named = found.iter().take(MAX_CHILDREN).map(|&child| format!("{} (pid {child})", thread_name(child, child)));
+    let names = named.collect::<Vec<_>>().join(", ");
+    let more = if found.len() > MAX_CHILDREN { ", ..." } else { "" };
+    (!found.is_empty()).then(|| format!("child {names}{more}"))
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command stands in parentheses and may hold any; the state and the parent follow (proc(5)).
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
 pub fn threads(pid: u32) -> io::Result<Vec<Tid>> {
     let entries = fs::read_dir(format!("/proc/{pid}/task"))?;
     Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())

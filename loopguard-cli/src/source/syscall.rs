@@ -8,6 +8,8 @@ pub enum FirstArgument {
     Descriptor,
     /// The address of an array of `struct pollfd`.
     PollArray,
+    /// The process id of a child, 0 or negative for several.
+    Child,
     Other,
 }
 
@@ -26,7 +28,7 @@ pub fn first_argument(number: i32) -> FirstArgument {
 /// asm/unistd_64.h
 #[cfg(target_arch = "x86_64")]
 fn known(number: i32) -> Option<(&'static str, FirstArgument)> {
-    use FirstArgument::{Descriptor as Fd, Other as No, PollArray};
+    use FirstArgument::{Child, Descriptor as Fd, Other as No, PollArray};
     Some(match number {
         0 => ("read", Fd),
         1 => ("write", Fd),
@@ -58,7 +60,7 @@ fn known(number: i32) -> Option<(&'static str, FirstArgument)> {
         57 => ("fork", No),
         58 => ("vfork", No),
         59 => ("execve", No),
-        61 => ("wait4", No),
+        61 => ("wait4", Child),
         72 => ("fcntl", Fd),
         73 => ("flock", Fd),
         74 => ("fsync", Fd),
@@ -95,7 +97,7 @@ fn known(number: i32) -> Option<(&'static str, FirstArgument)> {
 /// asm-generic/unistd.h
 #[cfg(target_arch = "aarch64")]
 fn known(number: i32) -> Option<(&'static str, FirstArgument)> {
-    use FirstArgument::{Descriptor as Fd, Other as No, PollArray};
+    use FirstArgument::{Child, Descriptor as Fd, Other as No, PollArray};
     Some(match number {
         22 => ("epoll_pwait", Fd),
         63 => ("read", Fd),
@@ -111,7 +113,7 @@ fn known(number: i32) -> Option<(&'static str, FirstArgument)> {
         207 => ("recvfrom", Fd),
         211 => ("sendmsg", Fd),
         212 => ("recvmsg", Fd),
-        260 => ("wait4", No),
+        260 => ("wait4", Child),
         441 => ("epoll_pwait2", Fd),
         _ => return None,
     })

@@ -16,7 +16,7 @@ pub mod unwind;
 
 use std::{collections::HashMap, fs, sync::Arc};
 
-use crate::core::event::Stack;
+use crate::core::event::{Frame, Stack};
 use cfi::{Row, Rows};
 use join::{Ends, NativeCall, PythonRun, join};
 use names::Names;
@@ -29,6 +29,8 @@ use unwind::{Call, End, FindRow, Missing, StackCopy, unwind};
 pub struct RawStack {
     pub pid: u32,
     pub copy: StackCopy,
+    /// The system call the thread is in.
+    pub kernel: Option<Arc<Frame>>,
     pub python: Vec<PythonRun>,
     /// Why the outermost Python frames are missing, if they are.
     pub python_incomplete: Option<&'static str>,
@@ -106,7 +108,9 @@ impl Stacks {
             })
             .collect();
         let ends = Ends { native: end.reason(), python: raw.python_incomplete };
-        NamedStack { stack: join(&native, &raw.python, ends), unnamed, calls, end: Some(end) }
+        let mut stack = join(&native, &raw.python, ends);
+        stack.frames.splice(0..0, raw.kernel.clone());
+        NamedStack { stack, unnamed, calls, end: Some(end) }
     }
 
     /// Files found to have no names since the last call.

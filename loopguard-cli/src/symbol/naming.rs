@@ -17,8 +17,11 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::Notify;
 
-use super::{NamedStack, RawStack, Stacks, object::Object};
-use crate::core::event::{Capture, Event, Stack};
+use super::{NamedStack, RawStack, Stacks, object::Object, unwind::End};
+use crate::core::{
+    event::{Capture, Event, Stack},
+    status::StackCounts,
+};
 
 /// Stacks that may wait to be named: some 40 MB of copies.
 const MAX_QUEUED: usize = 1024;
@@ -40,6 +43,7 @@ pub struct Naming {
     held: VecDeque<Held>,
     next_ticket: u64,
     unnamed: u64,
+    counts: StackCounts,
     notices: Vec<String>,
 }
 
@@ -86,6 +90,7 @@ impl Naming {
             held: VecDeque::new(),
             next_ticket: 0,
             unnamed: 0,
+            counts: StackCounts::default(),
             notices: Vec::new(),
         })
     }
@@ -121,6 +126,8 @@ impl Naming {
             }
             Some(Err(TrySendError::Full(_))) => {
                 mark(&mut capture, QUEUE_FULL);
+                self.counts.unwound += 1;
+                *self.counts.incomplete.entry(QUEUE_FULL).or_default() += 1;
                 self.hold(Event::Capture(capture), None);
             }
             Some(Err(TrySendError::Disconnected(_))) | None => {
@@ -157,6 +164,7 @@ impl Naming {
             Done::Nameless(notice) => self.notices.push(notice),
             Done::Stack(ticket, named) => {
                 self.unnamed += named.unnamed;
+                self.count(named.end);
                 // Stacks come back in the order they went.
                 let waiting = self.held.iter_mut().find(|held| held.ticket.is_some());
                 if let Some(held) = waiting.filter(|held| held.ticket == Some(ticket)) {
@@ -167,6 +175,20 @@ impl Naming {
                 }
             }
         }
+    }
+
+    fn count(&mut self, end: Option<End>) {
+        self.counts.unwound += 1;
+        match end.map(End::reason) {
+            Some(None) => self.counts.complete += 1,
+            Some(Some(why)) => *self.counts.incomplete.entry(why).or_default() += 1,
+            None => *self.counts.incomplete.entry(FAILED).or_default() += 1,
+        }
+    }
+
+    /// Native stacks so far. A stack that was not unwound in time is an incomplete one.
+    pub fn counts(&self) -> StackCounts {
+        self.counts.clone()
     }
 
     /// Waits until a stack was named. Does not end as long as none is.

@@ -10,7 +10,7 @@ use anyhow::Result;
 use loopguard_common::{
     clock::LoopClock,
     records::{CaptureCause, CaptureRecord, RawFrame, STEP_CUT_AT_ATTACH, STEP_PROBED, StepRecord, WalkStatus},
-    walk::{Memory as _, Scratch, snapshot_request, walk_frames},
+    walk::{Scratch, snapshot_request, walk_frames},
 };
 
 use super::Live;
@@ -102,6 +102,8 @@ impl Live {
             (None, None) => Owner::Unknown("the step ended before its task could be read"),
         };
         let on = match known_on {
+            // Whoever has it now: that changes within a step.
+            _ if is_wait && record.syscall == libc::SYS_futex as i32 => self.futex_owner(record),
             Some(on) => on,
             None if is_wait && runs(self) => {
                 let on = self.waits_on(record);
@@ -150,20 +152,6 @@ impl Live {
             Ok(Some(request)) => Owner::Request { request: Arc::new(request), how: How::AsyncioTask },
             Ok(None) => Owner::NoRequest { task: task.name.or(task.coroutine) },
             Err(reason) => Owner::Unknown(reason.reason()),
-        }
-    }
-
-    fn waits_on(&self, record: &CaptureRecord) -> Option<String> {
-        let pid = record.header.tgid;
-        match syscall::first_argument(record.syscall) {
-            syscall::FirstArgument::Descriptor => process::descriptor(pid, record.arg0 as i32),
-            syscall::FirstArgument::PollArray => {
-                // struct pollfd: the descriptor comes first (poll.h).
-                let mut fd = 0u32;
-                let python = self.targets.get(&pid)?.python.as_ref()?;
-                python.interpreter.memory().read(record.arg0, &mut fd).then(|| process::descriptor(pid, fd as i32))?
-            }
-            syscall::FirstArgument::Other => None,
         }
     }
 

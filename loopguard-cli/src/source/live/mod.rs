@@ -1,7 +1,7 @@
 //! Follows running processes: turns kernel records into events, reading the target while the step still runs.
 //!
 //! [`discover`] finds the loop threads, [`steps`] marks their steps, [`facts`] reads what a step is about, [`requests`]
-//! what servers tell of their requests, [`pages`] puts stack copies together.
+//! what servers tell of their requests, [`pages`] puts stack copies together, [`waits`] says what a wait waits on.
 
 mod discover;
 mod facts;
@@ -9,6 +9,7 @@ mod pages;
 mod requests;
 mod steps;
 mod victims;
+mod waits;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -35,7 +36,7 @@ use crate::{
     core::{
         cumulative::CumulativeSettings,
         event::{Event, LoopInfo, Tid},
-        status::{Status, ThreadStatus},
+        status::{StackCounts, Status, ThreadStatus},
     },
     runtime::cpython::{self, Inspector, Interpreter, NotUsable, PyThreadInfo},
     symbol::naming::Naming,
@@ -343,6 +344,7 @@ impl Live {
             lost_records: self.kernel.counts().lost + self.unknown_records,
             requests: self.request_counts(),
             unsymbolized: self.naming.unnamed(),
+            stacks: StackCounts { lost: self.pages.lost, ..self.naming.counts() },
             self_cpu: process::own_cpu() + self.cost.total(),
         }
     }

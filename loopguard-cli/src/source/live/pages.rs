@@ -1,6 +1,9 @@
 //! Puts the pages of a stack copy together and sends the stack to be named.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
 use aya::maps::{MapData, RingBuf};
 use loopguard_common::records::{CaptureRecord, MAX_STACK_PAGES, REGISTER_IP, REGISTER_SP, STACK_PAGE, StackPage};
@@ -10,7 +13,7 @@ use super::{
     facts::{frames, walk_status},
 };
 use crate::{
-    core::event::{Capture, Event, Tid},
+    core::event::{Capture, Event, Frame, FrameKind, Origin, Tid},
     runtime::{
         cpython::incomplete,
         memory::{ProcessMemory, TargetMemory as _},
@@ -24,6 +27,8 @@ use crate::{
 
 /// Copies that wait for their captures; more are only there when captures were lost.
 const MAX_WAITING: usize = 256;
+/// Of a wait that began right after another one.
+const NOT_COPIED: &str = "its native part was not copied";
 /// A page is visible only once those before it are: another processor may be in the middle of writing one.
 const LOOKS: u32 = 200;
 
@@ -32,11 +37,13 @@ pub(super) struct StackPages {
     ring: RingBuf<MapData>,
     waiting: HashMap<(Tid, u64), Vec<Box<StackPage>>>,
     order: VecDeque<(Tid, u64)>,
+    /// Copies that did not arrive.
+    pub lost: u64,
 }
 
 impl StackPages {
     pub fn new(ring: RingBuf<MapData>) -> Self {
-        Self { ring, waiting: HashMap::new(), order: VecDeque::new() }
+        Self { ring, waiting: HashMap::new(), order: VecDeque::new(), lost: 0 }
     }
 
     /// The copy that belongs to a capture, if all of it arrived.
@@ -53,7 +60,10 @@ impl StackPages {
             self.receive();
             std::hint::spin_loop();
         }
-        let pages = self.waiting.remove(&key)?;
+        let Some(pages) = self.waiting.remove(&key) else {
+            self.lost += 1;
+            return None;
+        };
         self.order.retain(|known| *known != key);
         let start = pages.first()?.address;
         let mut bytes = Vec::with_capacity(pages.len() * STACK_PAGE);
@@ -114,14 +124,30 @@ impl Live {
     }
 
     /// A capture, and what its native frames are to be made of if its stack was copied.
-    pub(super) fn seen(&mut self, record: &CaptureRecord, capture: Capture, copy: Option<StackCopy>) -> Seen {
-        let Some(copy) = copy else { return Seen::Event(Event::Capture(capture)) };
+    pub(super) fn seen(&mut self, record: &CaptureRecord, mut capture: Capture, copy: Option<StackCopy>) -> Seen {
+        let Some(copy) = copy else {
+            let stack = Arc::make_mut(&mut capture.stack);
+            stack.incomplete = stack.incomplete.or(Some(NOT_COPIED));
+            return Seen::Event(Event::Capture(capture));
+        };
         let pid = record.header.tgid;
         let python = self.targets.get_mut(&pid).and_then(|target| target.python.as_mut());
         let (python, python_incomplete) = match python {
             Some(python) => (python.inspector.runs(frames(record)), incomplete(walk_status(record))),
             None => (Vec::new(), None),
         };
-        Seen::WithStack(capture, Box::new(RawStack { pid, copy, python, python_incomplete }))
+        let kernel = capture.wait.as_ref().filter(|_| record.syscall >= 0).map(|wait| system_call(&wait.syscall));
+        Seen::WithStack(capture, Box::new(RawStack { pid, copy, kernel, python, python_incomplete }))
     }
+}
+
+fn system_call(name: &str) -> Arc<Frame> {
+    Arc::new(Frame {
+        kind: FrameKind::Native,
+        origin: Origin::Kernel,
+        function: name.to_owned(),
+        file: None,
+        line: None,
+        module: Some("[kernel]".to_owned()),
+    })
 }
