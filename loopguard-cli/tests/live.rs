@@ -72,7 +72,10 @@ fn assert_culprits(events: &Events, context: &str) {
     events.assert_parts_add_up();
     let summary = events.summary();
     assert_eq!(summary["lost_records"], 0, "{context}: {summary}");
-    assert_eq!(summary["unsymbolized"], 0, "{context}: {summary}");
+    // Stripped libraries leave native frames without names, but every Python frame has one.
+    for frame in events.blocks().flat_map(|block| block["stack"].as_array().unwrap()) {
+        assert!(frame["kind"] == "native" || frame["function"] != "<unknown>", "{context}: {frame}");
+    }
     assert_eq!(events.status.code(), Some(0), "{context}: {}", events.messages);
 }
 
