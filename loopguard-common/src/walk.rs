@@ -47,38 +47,69 @@ unsafe impl<const N: usize> Plain for [u8; N] {}
 
 /// Words read of a frame: through its first two locals in every supported version.
 const FRAME_WORDS: usize = 13;
-/// Dicts among the outermost frames' first locals that may be an ASGI scope.
+const MAX_LOCALS: usize = 2 * MAX_FRAMES;
+/// Different dicts among the frames' first two locals that are tried as the ASGI scope, the outermost first.
 pub const SCOPE_CANDIDATES: usize = 3;
 /// Entries of a dict that are looked at; uvicorn's scope has 13, FastAPI adds about as many.
 const MAX_DICT_ENTRIES: usize = 32;
 /// Headers that are looked at.
 const MAX_HEADERS: usize = 32;
 
-/// Scratch memory of one walk; in the kernel it lives in a map.
+/// Scratch memory of the walks of one thread; in the kernel it lives in a map.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Scratch {
     words: [u64; 16],
-    /// The scope whose request was copied before, if that copy is still the current step's.
+    /// The scope whose request was copied before, if that copy is still the current step's; else 0.
     pub known_scope: u64,
-    /// Dicts seen in the frames' first two locals, the outermost first.
-    scopes: [u64; SCOPE_CANDIDATES],
+    /// Where it stood: how many locals from the outermost frame's first one, itself counted.
+    known_scope_depth: u64,
+    /// How many locals the last walk saw, and how many of them were not looked at yet: the first ones.
+    locals_count: u64,
+    locals_left: u64,
+    /// The dict that was found last.
+    last_dict: u64,
     fields: ScopeFields,
     /// Those of the request's own scope.
     request: ScopeFields,
+    /// The keys of scopes seen before. Servers write them as literals, which the interpreter keeps once: knowing an
+    /// address saves reading the string. Whoever reuses the memory for another process clears it.
+    keys: ScopeFields,
+    /// The second and the first local of each frame of the last walk, innermost frame first.
+    locals: [u64; MAX_LOCALS],
+    entries: [[u64; 2]; MAX_DICT_ENTRIES],
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self {
+            words: [0; 16],
+            known_scope: 0,
+            known_scope_depth: 0,
+            locals_count: 0,
+            locals_left: 0,
+            last_dict: 0,
+            fields: ScopeFields::NONE,
+            request: ScopeFields::NONE,
+            keys: ScopeFields::NONE,
+            locals: [0; MAX_LOCALS],
+            entries: [[0; 2]; MAX_DICT_ENTRIES],
+        }
+    }
 }
 
 impl Scratch {
-    /// The dict that the last walk saw furthest out: the scope, if there is one.
+    /// Forgets what is true of one process only.
     #[inline(always)]
-    pub fn outermost(&self) -> u64 {
-        self.scopes[0]
+    pub fn change_process(&mut self) {
+        self.known_scope = 0;
+        self.keys = ScopeFields::NONE;
     }
 }
 
 /// Addresses of the values of one scope dict.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct ScopeFields {
     kind: u64,
     path: u64,
@@ -86,6 +117,10 @@ struct ScopeFields {
     headers: u64,
     client: u64,
     route: u64,
+}
+
+impl ScopeFields {
+    const NONE: Self = Self { kind: 0, path: 0, method: 0, headers: 0, client: 0, route: 0 };
 }
 
 /// One Python thread of the target.
@@ -114,7 +149,9 @@ pub fn walk_frames<M: Memory>(
 ) {
     out.frame_count = 0;
     out.task = 0;
-    scratch.scopes = [0; SCOPE_CANDIDATES];
+    scratch.locals_count = 0;
+    scratch.locals_left = 0;
+    scratch.last_dict = 0;
     if memory.read_u64(thread.state.wrapping_add(layout.ts_native_thread_id as u64)) != thread.native_thread_id {
         out.walk = WalkStatus::NotThisThread as u32;
         return;
@@ -151,14 +188,18 @@ pub fn walk_frames<M: Memory>(
                 instr: field(&scratch.words, layout.frame_instr),
                 fingerprint: fingerprint(names[0], names[1]),
             };
-            note_scope(memory, layout, field(&scratch.words, layout.frame_locals), &mut scratch.scopes);
-            note_scope(memory, layout, field(&scratch.words, layout.frame_locals + 8), &mut scratch.scopes);
+            scratch.locals[2 * i] = field(&scratch.words, layout.frame_locals + 8);
+            scratch.locals[2 * i + 1] = field(&scratch.words, layout.frame_locals);
         } else {
             out.frames[i] = RawFrame { code: FRAME_SHIM, instr: frame, fingerprint: 0 };
+            scratch.locals[2 * i] = 0;
+            scratch.locals[2 * i + 1] = 0;
         }
         count = i + 1;
         frame = field(&scratch.words, layout.frame_previous);
     }
+    scratch.locals_count = 2 * count as u64;
+    scratch.locals_left = scratch.locals_count;
     out.frame_count = count as u32;
     out.walk = status as u32;
 }
@@ -225,53 +266,63 @@ fn field(words: &[u64; 16], offset: u16) -> u64 {
     words[((offset >> 3) & 15) as usize] >> ((offset & 7) * 8)
 }
 
-/// Keeps the dict behind `local` (looking through a cell), the newest, so outermost, first.
+/// The next dict, from the outermost frame inwards, among the first two locals of the frames of the last walk; 0: no
+/// more. The scope stands in the first frames of the server's that are looked at, so most locals never are.
 #[inline(always)]
-fn note_scope<M: Memory>(memory: &M, layout: &PyLayout, local: u64, scopes: &mut [u64; SCOPE_CANDIDATES]) {
+fn next_dict<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch) -> u64 {
+    for _ in 0..MAX_LOCALS {
+        let left = scratch.locals_left;
+        if left == 0 {
+            break;
+        }
+        scratch.locals_left = left - 1;
+        let local = scratch.locals[((left - 1) & (MAX_LOCALS as u64 - 1)) as usize];
+        let dict = dict_behind(memory, layout, local, scratch.last_dict);
+        if dict != 0 {
+            scratch.last_dict = dict;
+            return dict;
+        }
+    }
+    0
+}
+
+/// The dict that a local is, or that its cell holds; 0 if there is none, or if it is `last`.
+#[inline(always)]
+fn dict_behind<M: Memory>(memory: &M, layout: &PyLayout, local: u64, last: u64) -> u64 {
     // Stack references carry tags in their low bits.
     let mut object = local & !3;
-    if object < 4096 || object == scopes[0] {
-        return;
+    if object < 4096 || object == last {
+        return 0;
     }
     let mut of_type = memory.read_u64(object.wrapping_add(layout.ob_type as u64));
     if of_type == layout.cell_type {
         object = memory.read_u64(object.wrapping_add(layout.cell_ref as u64));
-        if object < 4096 || object == scopes[0] {
-            return;
+        if object < 4096 || object == last {
+            return 0;
         }
         of_type = memory.read_u64(object.wrapping_add(layout.ob_type as u64));
     }
-    if of_type == layout.dict_type {
-        scopes[2] = scopes[1];
-        scopes[1] = scopes[0];
-        scopes[0] = object;
-    }
+    if of_type == layout.dict_type { object } else { 0 }
 }
 
-/// Copies the request from the outermost ASGI scope that [`walk_frames`] came past, the route from the first that has
-/// one (middleware may hand on a copy).
+/// Copies the request from the outermost ASGI scope among the frames of the last walk, the route from the first that
+/// has one (middleware may hand on a copy). What was copied before of the [known scope](Scratch::known_scope) stays.
 #[inline(always)]
 pub fn snapshot_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch, out: &mut RequestSnapshot) {
-    out.scope = 0;
-    out.route = 0;
-    for i in 0..SCOPE_CANDIDATES {
-        let dict = scratch.scopes[i];
-        if dict == 0 || (out.scope != 0 && out.route != 0) {
-            break;
+    if scratch.known_scope != 0 && out.route != 0 {
+        // Nearly always: the same scope as before, in the same place.
+        let at = scratch.locals_count.wrapping_sub(scratch.known_scope_depth);
+        let local = scratch.locals[(at & (MAX_LOCALS as u64 - 1)) as usize];
+        if at < scratch.locals_count && local & !3 == scratch.known_scope {
+            return;
         }
-        find_fields(memory, layout, dict, scratch);
-        if !is_request(memory, layout, &scratch.fields, &mut scratch.words) {
-            continue;
-        }
-        if out.scope == 0 {
-            out.scope = dict;
-            scratch.request = scratch.fields;
-        }
-        out.route = scratch.fields.route;
     }
-    if out.scope != 0 {
-        copy_request(memory, layout, scratch, out);
+    let outermost = next_dict(memory, layout, scratch);
+    scratch.known_scope_depth = scratch.locals_count - scratch.locals_left;
+    if outermost != 0 && outermost == scratch.known_scope && out.route != 0 {
+        return;
     }
+    snapshot_dicts(memory, layout, outermost, scratch, out);
 }
 
 /// Copies the facts of the request behind `scope`, a dict, whatever frames hold it. `false`: not an HTTP or websocket
@@ -283,9 +334,42 @@ pub fn snapshot_scope<M: Memory>(
     scratch: &mut Scratch,
     out: &mut RequestSnapshot,
 ) -> bool {
-    scratch.scopes = [scope, 0, 0];
-    snapshot_request(memory, layout, scratch, out);
+    scratch.locals_left = 0;
+    snapshot_dicts(memory, layout, scope, scratch, out);
     out.scope != 0
+}
+
+/// Tries `dict`, then the next ones.
+#[inline(always)]
+fn snapshot_dicts<M: Memory>(
+    memory: &M,
+    layout: &PyLayout,
+    mut dict: u64,
+    scratch: &mut Scratch,
+    out: &mut RequestSnapshot,
+) {
+    out.scope = 0;
+    out.route = 0;
+    for i in 0..SCOPE_CANDIDATES {
+        if dict == 0 {
+            break;
+        }
+        find_fields(memory, layout, dict, scratch);
+        if is_request(memory, layout, &scratch.fields, &mut scratch.words) {
+            if out.scope == 0 {
+                out.scope = dict;
+                scratch.request = scratch.fields;
+            }
+            out.route = scratch.fields.route;
+        }
+        if i + 1 == SCOPE_CANDIDATES || (out.scope != 0 && out.route != 0) {
+            break;
+        }
+        dict = next_dict(memory, layout, scratch);
+    }
+    if out.scope != 0 {
+        copy_request(memory, layout, scratch, out);
+    }
 }
 
 const fn key(name: &[u8]) -> u64 {
@@ -302,7 +386,7 @@ const fn key(name: &[u8]) -> u64 {
 /// then the entries).
 #[inline(always)]
 fn find_fields<M: Memory>(memory: &M, layout: &PyLayout, dict: u64, scratch: &mut Scratch) {
-    scratch.fields = ScopeFields { kind: 0, path: 0, method: 0, headers: 0, client: 0, route: 0 };
+    scratch.fields = ScopeFields::NONE;
     let keys = memory.read_u64(dict.wrapping_add(layout.dict_keys as u64));
     let mut header = [0u64; 4];
     if !memory.read(keys, &mut header) {
@@ -311,38 +395,74 @@ fn find_fields<M: Memory>(memory: &M, layout: &PyLayout, dict: u64, scratch: &mu
     let log2_index_bytes = (header[1] >> 8) & 31;
     let general = (header[1] >> 16) & 0xff == 0;
     let entries = keys.wrapping_add(32 + (1 << log2_index_bytes));
-    let count = header[3];
-    // A general table's entries begin with the hash.
-    let (stride, first) = if general { (24, 8) } else { (16, 0) };
-    for i in 0..MAX_DICT_ENTRIES as u64 {
-        if i >= count {
+    let count = header[3].min(MAX_DICT_ENTRIES as u64);
+    if general {
+        // Its entries begin with the hash.
+        for i in 0..MAX_DICT_ENTRIES {
+            if i as u64 >= count || !memory.read(entries.wrapping_add(i as u64 * 24 + 8), &mut scratch.entries[i]) {
+                break;
+            }
+            find_field(memory, layout, i, scratch);
+        }
+        return;
+    }
+    // SAFETY: `count` entries fit.
+    if !unsafe { memory.read_raw(entries, scratch.entries.as_mut_ptr().cast(), (count * 16) as usize) } {
+        return;
+    }
+    for i in 0..MAX_DICT_ENTRIES {
+        if i as u64 >= count {
             break;
         }
-        let mut entry = [0u64; 2];
-        if !memory.read(entries.wrapping_add(i * stride + first), &mut entry) {
+        let [key, value] = scratch.entries[i];
+        match key {
+            0 => {}
+            key if key == scratch.keys.kind => scratch.fields.kind = value,
+            key if key == scratch.keys.path => scratch.fields.path = value,
+            key if key == scratch.keys.method => scratch.fields.method = value,
+            key if key == scratch.keys.headers => scratch.fields.headers = value,
+            key if key == scratch.keys.client => scratch.fields.client = value,
+            key if key == scratch.keys.route => scratch.fields.route = value,
+            _ => {}
+        }
+    }
+    let found = &scratch.fields;
+    if found.kind != 0 && found.path != 0 && found.headers != 0 && scratch.keys.route != 0 {
+        return;
+    }
+    // Keys that are not known yet, or not the ones known.
+    for i in 0..MAX_DICT_ENTRIES {
+        if i as u64 >= count {
             break;
         }
-        if entry[0] == 0 || entry[1] == 0 || !memory.read(entry[0], key_words(&mut scratch.words)) {
-            continue;
-        }
-        let length = field(&scratch.words, layout.str_length);
-        if length == 0 || length > 8 {
-            continue;
-        }
-        let name = field(&scratch.words, layout.str_ascii_data) & (u64::MAX >> ((64 - length * 8) & 63));
-        if name == const { key(b"type") } {
-            scratch.fields.kind = entry[1];
-        } else if name == const { key(b"path") } {
-            scratch.fields.path = entry[1];
-        } else if name == const { key(b"method") } {
-            scratch.fields.method = entry[1];
-        } else if name == const { key(b"headers") } {
-            scratch.fields.headers = entry[1];
-        } else if name == const { key(b"client") } {
-            scratch.fields.client = entry[1];
-        } else if name == const { key(b"route") } {
-            scratch.fields.route = entry[1];
-        }
+        find_field(memory, layout, i, scratch);
+    }
+}
+
+/// Reads the key of entry `i`: whether it is one of those of interest.
+#[inline(always)]
+fn find_field<M: Memory>(memory: &M, layout: &PyLayout, i: usize, scratch: &mut Scratch) {
+    let [key_object, value] = scratch.entries[i];
+    if key_object == 0 || value == 0 || !memory.read(key_object, key_words(&mut scratch.words)) {
+        return;
+    }
+    let length = field(&scratch.words, layout.str_length);
+    if length == 0 || length > 8 {
+        return;
+    }
+    let name = field(&scratch.words, layout.str_ascii_data) & (u64::MAX >> ((64 - length * 8) & 63));
+    if name == const { key(b"type") } {
+        (scratch.keys.kind, scratch.fields.kind) = (key_object, value);
+    } else if name == const { key(b"path") } {
+        (scratch.keys.path, scratch.fields.path) = (key_object, value);
+    } else if name == const { key(b"method") } {
+        (scratch.keys.method, scratch.fields.method) = (key_object, value);
+    } else if name == const { key(b"headers") } {
+        (scratch.keys.headers, scratch.fields.headers) = (key_object, value);
+    } else if name == const { key(b"client") } {
+        (scratch.keys.client, scratch.fields.client) = (key_object, value);
+    } else if name == const { key(b"route") } {
+        (scratch.keys.route, scratch.fields.route) = (key_object, value);
     }
 }
 

@@ -95,7 +95,9 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
     // The same scope in the same step is the same request: what was copied of it still holds.
     // Kept in memory: a value in a register would make the verifier go through the walk once for each.
     scratch.known_scope = record.request.scope;
-    if record.step_seq != target.clock.step_seq || record.header.tid != id as u32 {
+    if record.header.tid != id as u32 {
+        scratch.change_process();
+    } else if record.step_seq != target.clock.step_seq {
         scratch.known_scope = 0;
     }
     record.header = RecordHeader { kind: RecordKind::Capture as u32, tgid: (id >> 32) as u32, tid: id as u32, _pad: 0 };
@@ -114,9 +116,7 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
     {
         let thread = PyThread { state: target.thread.thread_state, native_thread_id: target.thread.native_thread_id };
         walk_frames(&OwnMemory, layout, thread, scratch, record);
-        if scratch.known_scope == 0 || scratch.known_scope != scratch.outermost() || record.request.route == 0 {
-            snapshot_request(&OwnMemory, layout, scratch, &mut record.request);
-        }
+        snapshot_request(&OwnMemory, layout, scratch, &mut record.request);
     } else {
         record.request.scope = 0;
     }
