@@ -77,6 +77,8 @@ pub struct Scratch {
     keys: ScopeFields,
     /// The second and the first local of each frame of the last walk, innermost frame first.
     locals: [u64; MAX_LOCALS],
+    /// Of the dict that is looked at.
+    entry_count: u64,
     entries: [[u64; 2]; MAX_DICT_ENTRIES],
 }
 
@@ -93,6 +95,7 @@ impl Default for Scratch {
             request: ScopeFields::NONE,
             keys: ScopeFields::NONE,
             locals: [0; MAX_LOCALS],
+            entry_count: 0,
             entries: [[0; 2]; MAX_DICT_ENTRIES],
         }
     }
@@ -199,7 +202,6 @@ pub fn walk_frames<M: Memory>(
         frame = field(&scratch.words, layout.frame_previous);
     }
     scratch.locals_count = 2 * count as u64;
-    scratch.locals_left = scratch.locals_count;
     out.frame_count = count as u32;
     out.walk = status as u32;
 }
@@ -266,6 +268,14 @@ fn field(words: &[u64; 16], offset: u16) -> u64 {
     words[((offset >> 3) & 15) as usize] >> ((offset & 7) * 8)
 }
 
+/// What an earlier loop stored. To the verifier every number of iterations it may have had would be a case of its own;
+/// a value that comes from memory is one it knows nothing of.
+#[inline(always)]
+fn read_back(value: &u64) -> u64 {
+    // SAFETY: a reference.
+    unsafe { core::ptr::read_volatile(value) }
+}
+
 /// The next dict, from the outermost frame inwards, among the first two locals of the frames of the last walk; 0: no
 /// more. The scope stands in the first frames of the server's that are looked at, so most locals never are.
 #[inline(always)]
@@ -309,16 +319,18 @@ fn dict_behind<M: Memory>(memory: &M, layout: &PyLayout, local: u64, last: u64) 
 /// has one (middleware may hand on a copy). What was copied before of the [known scope](Scratch::known_scope) stays.
 #[inline(always)]
 pub fn snapshot_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch, out: &mut RequestSnapshot) {
+    let locals_count = read_back(&scratch.locals_count);
     if scratch.known_scope != 0 && out.route != 0 {
         // Nearly always: the same scope as before, in the same place.
-        let at = scratch.locals_count.wrapping_sub(scratch.known_scope_depth);
+        let at = locals_count.wrapping_sub(scratch.known_scope_depth);
         let local = scratch.locals[(at & (MAX_LOCALS as u64 - 1)) as usize];
-        if at < scratch.locals_count && local & !3 == scratch.known_scope {
+        if at < locals_count && local & !3 == scratch.known_scope {
             return;
         }
     }
+    scratch.locals_left = locals_count;
     let outermost = next_dict(memory, layout, scratch);
-    scratch.known_scope_depth = scratch.locals_count - scratch.locals_left;
+    scratch.known_scope_depth = locals_count.wrapping_sub(scratch.locals_left);
     if outermost != 0 && outermost == scratch.known_scope && out.route != 0 {
         return;
     }
@@ -395,23 +407,25 @@ fn find_fields<M: Memory>(memory: &M, layout: &PyLayout, dict: u64, scratch: &mu
     let log2_index_bytes = (header[1] >> 8) & 31;
     let general = (header[1] >> 16) & 0xff == 0;
     let entries = keys.wrapping_add(32 + (1 << log2_index_bytes));
-    let count = header[3].min(MAX_DICT_ENTRIES as u64);
+    scratch.entry_count = header[3];
     if general {
         // Its entries begin with the hash.
         for i in 0..MAX_DICT_ENTRIES {
-            if i as u64 >= count || !memory.read(entries.wrapping_add(i as u64 * 24 + 8), &mut scratch.entries[i]) {
+            if i as u64 >= read_back(&scratch.entry_count)
+                || !memory.read(entries.wrapping_add(i as u64 * 24 + 8), &mut scratch.entries[i])
+            {
                 break;
             }
-            find_field(memory, layout, i, scratch);
         }
-        return;
-    }
-    // SAFETY: `count` entries fit.
-    if !unsafe { memory.read_raw(entries, scratch.entries.as_mut_ptr().cast(), (count * 16) as usize) } {
-        return;
+    } else {
+        let count = read_back(&scratch.entry_count).min(MAX_DICT_ENTRIES as u64);
+        // SAFETY: `count` entries fit.
+        if !unsafe { memory.read_raw(entries, scratch.entries.as_mut_ptr().cast(), (count * 16) as usize) } {
+            return;
+        }
     }
     for i in 0..MAX_DICT_ENTRIES {
-        if i as u64 >= count {
+        if i as u64 >= read_back(&scratch.entry_count) {
             break;
         }
         let [key, value] = scratch.entries[i];
@@ -432,7 +446,7 @@ fn find_fields<M: Memory>(memory: &M, layout: &PyLayout, dict: u64, scratch: &mu
     }
     // Keys that are not known yet, or not the ones known.
     for i in 0..MAX_DICT_ENTRIES {
-        if i as u64 >= count {
+        if i as u64 >= read_back(&scratch.entry_count) {
             break;
         }
         find_field(memory, layout, i, scratch);
