@@ -49,9 +49,9 @@ pub struct Attach {
     #[arg(long, value_enum, default_value_t = Steps::Auto)]
     pub steps: Steps,
 
-    /// What the output looks like
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    pub format: Format,
+    /// What the output looks like [default: tui on a terminal, else text]
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
 
     /// Write to this file instead of standard output
     #[arg(long, value_name = "FILE")]
@@ -60,6 +60,10 @@ pub struct Attach {
     /// How much of the native stack is copied for each look into a block, 4KiB to 64KiB
     #[arg(long, value_name = "SIZE", default_value = "32KiB", value_parser = stack_size)]
     pub stack_size: usize,
+
+    /// Draw the live view with ASCII characters only [default: if the locale is not UTF-8]
+    #[arg(long)]
+    pub ascii: bool,
 
     /// Exit with 1 when a block was found
     #[arg(long)]
@@ -88,6 +92,8 @@ pub enum Steps {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
+    /// A live view on the terminal; the summary follows when it is left
+    Tui,
     /// A few lines per block, for people
     Text,
     /// One JSON object per line, for programs
@@ -199,9 +205,10 @@ mod tests {
             threshold: Duration::from_millis(50),
             duration: None,
             steps: Steps::Auto,
-            format: Format::Text,
+            format: None,
             output: None,
             stack_size: 32 << 10,
+            ascii: false,
             fail_on_blocking: false,
             debug_bpf: false,
         };
@@ -211,15 +218,16 @@ mod tests {
     #[test]
     fn attach_with_everything() {
         let line = "loopguard attach --pid 12 --pid 13 --threshold 10ms --duration 1.5m --steps off --format jsonl \
-                    --output out.jsonl --fail-on-blocking --debug-bpf";
+                    --output out.jsonl --ascii --fail-on-blocking --debug-bpf";
         let expected = Attach {
             pids: vec![12, 13],
             threshold: Duration::from_millis(10),
             duration: Some(Duration::from_secs(90)),
             steps: Steps::Off,
-            format: Format::Jsonl,
+            format: Some(Format::Jsonl),
             output: Some(PathBuf::from("out.jsonl")),
             stack_size: 32 << 10,
+            ascii: true,
             fail_on_blocking: true,
             debug_bpf: true,
         };
@@ -246,7 +254,7 @@ mod tests {
             error("loopguard attach --pid 1 --threshold --duration 5s"),
             error("loopguard attach --pid 1 --duration soon"),
             error("loopguard attach --pid 1 --duration 31d"),
-            error("loopguard attach --pid 1 --format tui"),
+            error("loopguard attach --pid 1 --format gui"),
             error("loopguard watch"),
         ];
         insta::assert_snapshot!(errors.join("\n"), @r"
@@ -262,8 +270,8 @@ mod tests {
         error: a value is required for '--threshold <TIME>' but none was supplied
         error: invalid value 'soon' for '--duration <TIME>': a time is a number and a unit (us, ms, s, m, h, d), like 50ms
         error: invalid value '31d' for '--duration <TIME>': a duration is between 100ms and 30d
-        error: invalid value 'tui' for '--format <FORMAT>'
-          [possible values: text, jsonl]
+        error: invalid value 'gui' for '--format <FORMAT>'
+          [possible values: tui, text, jsonl]
         error: unrecognized subcommand 'watch'
         ");
     }
@@ -325,13 +333,12 @@ mod tests {
                   [default: auto]
 
               --format <FORMAT>
-                  What the output looks like
+                  What the output looks like [default: tui on a terminal, else text]
 
                   Possible values:
+                  - tui:   A live view on the terminal; the summary follows when it is left
                   - text:  A few lines per block, for people
                   - jsonl: One JSON object per line, for programs
-
-                  [default: text]
 
               --output <FILE>
                   Write to this file instead of standard output
@@ -340,6 +347,9 @@ mod tests {
                   How much of the native stack is copied for each look into a block, 4KiB to 64KiB
 
                   [default: 32KiB]
+
+              --ascii
+                  Draw the live view with ASCII characters only [default: if the locale is not UTF-8]
 
               --fail-on-blocking
                   Exit with 1 when a block was found

@@ -47,7 +47,11 @@ fn run() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["setup"] => setup::run(&Workspace::locate()?),
+        ["setup"] => {
+            let workspace = Workspace::locate()?;
+            setup::terminal_for_tests(&workspace);
+            setup::run(&workspace)
+        }
         ["build-ebpf"] => {
             println!("{}", toolchain::build_ebpf()?.display());
             Ok(())

@@ -35,6 +35,19 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
+/// The terminal in which the tests drive the live view; they say so themselves where it is missing.
+pub fn terminal_for_tests(workspace: &Workspace) {
+    const NEEDED: &str = "the tests of the live view need tmux";
+    let is_there = || Command::new("tmux").arg("-V").output().is_ok_and(|output| output.status.success());
+    if is_there() {
+        return;
+    }
+    let installed = Apt::new(workspace).and_then(|apt| apt.install(&["tmux"]));
+    if let Err(error) = installed.context(NEEDED) {
+        step::say(&format!("going on without: {error:#}"));
+    }
+}
+
 fn install_toolchain(workspace: &Workspace, missing: Missing) -> Result<Toolchain> {
     step::say(&format!("BPF toolchain: {}", missing.reason()));
     let buildable = |compiler: &&Compiler| llvm_config(compiler.llvm).exists();

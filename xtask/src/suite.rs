@@ -31,6 +31,7 @@ pub enum Pythons {
 pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
     let workspace = Workspace::locate()?;
     setup::run(&workspace)?;
+    setup::terminal_for_tests(&workspace);
     let pythons = host_pythons(&workspace)?;
     let axum = release_axum(&workspace)?;
     let joined = std::env::join_paths(&pythons).context("a path holds a colon")?;

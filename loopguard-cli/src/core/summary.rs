@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::event::{LoopInfo, Owner, RequestFacts, Tid};
-use super::incident::{Cumulative, Incident};
+use super::incident::{Blame, Cumulative, Incident};
 use super::request::RequestCounts;
 use super::status::StackCounts;
 
@@ -141,7 +141,7 @@ impl Totals {
         let ns = incident.duration_ns();
         self.total.add(ns);
         capped(&mut self.routes, route_label(&incident.blame.owner), RouteLabel::Other).add(ns);
-        capped(&mut self.lines, line_label(incident), LineLabel::Other).add(ns);
+        capped(&mut self.lines, line_label(&incident.blame), LineLabel::Other).add(ns);
         if let Some(thread) = self.thread(incident.on.tid) {
             thread.total.add(ns);
         }
@@ -226,7 +226,7 @@ fn label_of(request: &RequestFacts) -> RouteLabel {
     RouteLabel::Route { method: request.method.clone(), route: request.route.as_ref().unwrap_or(&request.path).clone() }
 }
 
-fn route_label(owner: &Owner) -> RouteLabel {
+pub fn route_label(owner: &Owner) -> RouteLabel {
     match owner {
         Owner::Request { request, .. } => label_of(request),
         Owner::NoRequest { .. } => RouteLabel::NoRequest,
@@ -234,8 +234,8 @@ fn route_label(owner: &Owner) -> RouteLabel {
     }
 }
 
-fn line_label(incident: &Incident) -> LineLabel {
-    match incident.user_line() {
+pub fn line_label(blame: &Blame) -> LineLabel {
+    match blame.user_line() {
         Some(at) => LineLabel::Line {
             file: at.frame.file.clone(),
             line: at.frame.line,

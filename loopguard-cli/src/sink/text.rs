@@ -343,7 +343,7 @@ impl Look {
 }
 
 impl Times {
-    fn show(&self, ns: u64) -> String {
+    pub fn show(&self, ns: u64) -> String {
         match self {
             Self::SinceStart { start_ns } => format!("+{:.3}s", ns.saturating_sub(*start_ns) as f64 / 1e9),
             Self::Local(clock) => clock.time_of_day(ns),
@@ -361,7 +361,7 @@ impl WallClock {
 }
 
 /// A duration as a person writes it, with three significant digits or so.
-fn span(ns: u64) -> impl Display {
+pub fn span(ns: u64) -> impl Display {
     struct Span(u64);
     impl Display for Span {
         fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
@@ -463,7 +463,7 @@ fn thread_total(counted: &ThreadTotal) -> String {
     format!("{} (pid {pid}, {runtime}), {} ticks", thread(&counted.on), counted.ticks)
 }
 
-fn route(label: &RouteLabel) -> String {
+pub fn route(label: &RouteLabel) -> String {
     match label {
         RouteLabel::Route { method, route } => {
             format!("{} {}", word(method.as_deref().unwrap_or("?")), word(route))
@@ -488,7 +488,7 @@ fn owner_name(owner: &Owner) -> String {
 }
 
 /// A file relative to the current directory, or its last few components.
-fn shortened(file: &str, current_dir: Option<&Path>) -> String {
+pub fn shortened(file: &str, current_dir: Option<&Path>) -> String {
     let below = current_dir.and_then(|dir| Path::new(file).strip_prefix(dir).ok()).and_then(Path::to_str);
     if let Some(below) = below.filter(|below| !below.is_empty()) {
         return below.to_owned();
