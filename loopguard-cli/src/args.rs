@@ -1,9 +1,12 @@
 //! Turns the command line into plain values; nothing here touches the system.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+use crate::options::{Detection, Gate, Monitoring};
 
 /// Says what blocks a live event loop: which request did it, on which line, and where the time went.
 ///
@@ -19,6 +22,8 @@ pub struct Args {
 #[derive(Clone, Debug, PartialEq, Subcommand)]
 pub enum Command {
     Attach(Attach),
+    Run(Run),
+    Config(Config),
     Doctor(Doctor),
 }
 
@@ -36,10 +41,6 @@ pub struct Attach {
     /// Process to watch; give it several times for several processes
     #[arg(long = "pid", value_name = "PID", required = true, value_parser = pid)]
     pub pids: Vec<u32>,
-
-    /// How long one owner must hold the loop to be reported, 1ms to 60s
-    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = threshold)]
-    pub threshold: Duration,
 
     /// Stop after this time, 100ms to 30d [default: until Ctrl-C or the end of the target]
     #[arg(long, value_name = "TIME", value_parser = duration)]
@@ -65,13 +66,46 @@ pub struct Attach {
     #[arg(long)]
     pub ascii: bool,
 
-    /// Exit with 1 when a block was found
-    #[arg(long)]
-    pub fail_on_blocking: bool,
-
     /// Print the log of the kernel programs to standard error
     #[arg(long)]
     pub debug_bpf: bool,
+
+    /// Read options from this TOML file; its keys are the long options without dashes
+    ///
+    /// A value on the command line goes before one in the variable LOOPGUARD_OPTION (LOOPGUARD_ROUTE_THRESHOLD, say),
+    /// and that before one in the file. `loopguard config` prints what comes out.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub detection: Detection,
+
+    #[command(flatten)]
+    pub monitoring: Monitoring,
+
+    #[command(flatten)]
+    pub gate: Gate,
+}
+
+/// Starts a command and watches it from before its first tick.
+///
+/// loopguard ends when the command does. Signals are passed on to it.
+#[derive(Clone, Debug, PartialEq, ClapArgs)]
+#[command(after_help = RUN_EXIT_CODES)]
+pub struct Run {
+    #[command(flatten)]
+    pub attach: Attach,
+
+    /// The command, and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// Prints what the options are and where each comes from, as a configuration file.
+#[derive(Clone, Debug, PartialEq, ClapArgs)]
+pub struct Config {
+    #[command(flatten)]
+    pub attach: Attach,
 }
 
 /// Says what works on this machine and for one process, what does not, and what to do about it.
@@ -106,10 +140,15 @@ Exit codes:
   1  a block was found, and --fail-on-blocking was given
   2  loopguard could not do its job (it saw no event loop, for one)";
 
+const RUN_EXIT_CODES: &str = "\
+Exit codes:
+  0  the command succeeded, and there is nothing to complain about
+  1  a block was found, and --fail-on-blocking was given
+  2  loopguard could not do its job (it saw no event loop, for one)
+  else the command's own, if it failed";
+
 /// Linux never gives out a higher one.
 const MAX_PID: u32 = 1 << 22;
-const MIN_THRESHOLD: Duration = Duration::from_millis(1);
-const MAX_THRESHOLD: Duration = Duration::from_secs(60);
 const MIN_DURATION: Duration = Duration::from_millis(100);
 const MAX_DURATION: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -117,13 +156,6 @@ fn pid(text: &str) -> Result<u32, String> {
     match text.parse() {
         Ok(pid @ 1..=MAX_PID) => Ok(pid),
         _ => Err(format!("a process id is a number from 1 to {MAX_PID}")),
-    }
-}
-
-fn threshold(text: &str) -> Result<Duration, String> {
-    match time(text)? {
-        time if (MIN_THRESHOLD..=MAX_THRESHOLD).contains(&time) => Ok(time),
-        _ => Err("a threshold is between 1ms and 60s".to_owned()),
     }
 }
 
@@ -144,7 +176,7 @@ fn stack_size(text: &str) -> Result<usize, String> {
 }
 
 /// A number, with decimals or without, and its unit.
-fn time(text: &str) -> Result<Duration, String> {
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
     const FORM: &str = "a time is a number and a unit (us, ms, s, m, h, d), like 50ms";
     let unit_at = text.find(|char: char| !char.is_ascii_digit() && char != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(unit_at);
@@ -181,6 +213,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::options::{FailOn, Threshold};
 
     fn parse(line: &str) -> Result<Command, clap::Error> {
         Args::try_parse_from(line.split(' ')).map(|args| args.command)
@@ -202,15 +235,17 @@ mod tests {
     fn attach_with_nothing_but_a_process() {
         let expected = Attach {
             pids: vec![12],
-            threshold: Duration::from_millis(50),
             duration: None,
             steps: Steps::Auto,
             format: None,
             output: None,
             stack_size: 32 << 10,
             ascii: false,
-            fail_on_blocking: false,
             debug_bpf: false,
+            config: None,
+            detection: Detection::default(),
+            monitoring: Monitoring::default(),
+            gate: Gate::default(),
         };
         assert_eq!(parse("loopguard attach --pid 12").unwrap(), Command::Attach(expected));
     }
@@ -218,18 +253,26 @@ mod tests {
     #[test]
     fn attach_with_everything() {
         let line = "loopguard attach --pid 12 --pid 13 --threshold 10ms --duration 1.5m --steps off --format jsonl \
-                    --output out.jsonl --ascii --fail-on-blocking --debug-bpf";
+                    --output out.jsonl --ascii --fail-on-blocking --debug-bpf --exclude-route /up --route-threshold /slow=1s \
+                    --prometheus 127.0.0.1:9464 --junit junit.xml";
         let expected = Attach {
             pids: vec![12, 13],
-            threshold: Duration::from_millis(10),
             duration: Some(Duration::from_secs(90)),
             steps: Steps::Off,
             format: Some(Format::Jsonl),
             output: Some(PathBuf::from("out.jsonl")),
             stack_size: 32 << 10,
             ascii: true,
-            fail_on_blocking: true,
             debug_bpf: true,
+            config: None,
+            detection: Detection {
+                threshold: Threshold::Fixed(Duration::from_millis(10)),
+                excluded_routes: vec!["/up".to_owned()],
+                route_thresholds: vec![("/slow".to_owned(), Duration::from_secs(1))],
+                ..Detection::default()
+            },
+            monitoring: Monitoring { prometheus: "127.0.0.1:9464".parse().ok(), ..Monitoring::default() },
+            gate: Gate { fail_on_blocking: FailOn::Any, junit: Some("junit.xml".into()), ..Gate::default() },
         };
         assert_eq!(parse(line).unwrap(), Command::Attach(expected));
     }
@@ -248,6 +291,11 @@ mod tests {
             error("loopguard attach --pid uvicorn"),
             error("loopguard attach --pid 99999999999999999999"),
             error("loopguard attach --pid 1 --threshold 50"),
+            error("loopguard attach --pid 1 --threshold-percentile 95"),
+            error("loopguard attach --pid 1 --exclude-route health"),
+            error("loopguard attach --pid 1 --route-threshold /slow"),
+            error("loopguard attach --pid 1 --prometheus 9464"),
+            error("loopguard attach --pid 1 --fail-on-blocking=often"),
             error("loopguard attach --pid 1 --threshold 999us"),
             error("loopguard attach --pid 1 --threshold 61s"),
             error("loopguard attach --pid 1 --threshold -5ms"),
@@ -263,11 +311,16 @@ mod tests {
         error: invalid value '0' for '--pid <PID>': a process id is a number from 1 to 4194304
         error: invalid value 'uvicorn' for '--pid <PID>': a process id is a number from 1 to 4194304
         error: invalid value '99999999999999999999' for '--pid <PID>': a process id is a number from 1 to 4194304
-        error: invalid value '50' for '--threshold <TIME>': a unit is missing: is it 50ms or 50s?
-        error: invalid value '999us' for '--threshold <TIME>': a threshold is between 1ms and 60s
-        error: invalid value '61s' for '--threshold <TIME>': a threshold is between 1ms and 60s
+        error: invalid value '50' for '--threshold <TIME|auto>': a unit is missing: is it 50ms or 50s?
+        error: invalid value '95' for '--threshold-percentile <PART>': it is a number from 0.5 to 0.999
+        error: invalid value 'health' for '--exclude-route <ROUTE>': a route begins with /, like /items/{id}
+        error: invalid value '/slow' for '--route-threshold <ROUTE=TIME>': it has the form ROUTE=TIME, like /reports/{id}=200ms
+        error: invalid value '9464' for '--prometheus <ADDRESS>': an address is an IP address and a port, like 127.0.0.1:9464
+        error: invalid value 'often' for '--fail-on-blocking[=<TIME>]': a time is a number and a unit (us, ms, s, m, h, d), like 50ms
+        error: invalid value '999us' for '--threshold <TIME|auto>': a threshold is between 1ms and 60s
+        error: invalid value '61s' for '--threshold <TIME|auto>': a threshold is between 1ms and 60s
         error: unexpected argument '-5' found
-        error: a value is required for '--threshold <TIME>' but none was supplied
+        error: a value is required for '--threshold <TIME|auto>' but none was supplied
         error: invalid value 'soon' for '--duration <TIME>': a time is a number and a unit (us, ms, s, m, h, d), like 50ms
         error: invalid value '31d' for '--duration <TIME>': a duration is between 100ms and 30d
         error: invalid value 'gui' for '--format <FORMAT>'
@@ -315,11 +368,6 @@ mod tests {
               --pid <PID>
                   Process to watch; give it several times for several processes
 
-              --threshold <TIME>
-                  How long one owner must hold the loop to be reported, 1ms to 60s
-
-                  [default: 50ms]
-
               --duration <TIME>
                   Stop after this time, 100ms to 30d [default: until Ctrl-C or the end of the target]
 
@@ -351,14 +399,96 @@ mod tests {
               --ascii
                   Draw the live view with ASCII characters only [default: if the locale is not UTF-8]
 
-              --fail-on-blocking
-                  Exit with 1 when a block was found
-
               --debug-bpf
                   Print the log of the kernel programs to standard error
 
+              --config <FILE>
+                  Read options from this TOML file; its keys are the long options without dashes
+
+                  A value on the command line goes before one in the variable LOOPGUARD_OPTION (LOOPGUARD_ROUTE_THRESHOLD, say), and that before one in the file. `loopguard config` prints what comes out.
+
           -h, --help
                   Print help (see a summary with '-h')
+
+        What is a block:
+              --threshold <TIME|auto>
+                  How long one owner must hold the loop to be reported, 1ms to 60s; `auto`: by the loop's own ticks
+
+                  [default: 50ms]
+
+              --threshold-percentile <PART>
+                  With `--threshold auto`: which part of the loop's ticks is shorter than its baseline
+
+                  [default: 0.95]
+
+              --threshold-multiplier <TIMES>
+                  With `--threshold auto`: how many times its baseline a block is
+
+                  [default: 5]
+
+              --threshold-floor <TIME>
+                  With `--threshold auto`: never below this
+
+                  [default: 10ms]
+
+              --threshold-cap <TIME>
+                  With `--threshold auto`: never above this
+
+                  [default: 200ms]
+
+              --route-threshold <ROUTE=TIME>
+                  Threshold of one route, like /reports/{id}=200ms; may be given several times
+
+              --exclude-route <ROUTE>
+                  Route whose blocks are not told, as template or path, with * for any end; may be given several times
+
+                  [default: /health /healthz /ready /metrics]
+
+              --cumulative-threshold <TIME>
+                  How much shorter steps must sum up to within the window to be a cumulative block
+
+                  [default: 200ms]
+
+              --cumulative-window <TIME>
+                  The window in which shorter steps sum up, 100ms to 60s
+
+                  [default: 1s]
+
+              --cumulative-floor <TIME>
+                  Steps shorter than this don't count
+
+                  [default: 5ms]
+
+              --capture-after <TIME>
+                  How old a step must be to be looked into [default: half the threshold]
+
+              --sample-every <TIME>
+                  How far apart looks into a step on the CPU are, 1ms to 1s [default: a 16th of the threshold, 1ms to 5ms]
+
+        Monitoring:
+              --prometheus <ADDRESS>
+                  Serve metrics for Prometheus at http://ADDRESS/metrics, like 127.0.0.1:9464
+
+              --log <FILE>
+                  Append one JSON line per block to this file, `-`: standard error; SIGHUP opens the file anew
+
+              --label-cap <NUMBER>
+                  Routes, and lines, that are told apart in metrics and summary; the rest is `other`
+
+                  [default: 200]
+
+        Continuous integration:
+              --fail-on-blocking[=<TIME>]
+                  Exit with 1 when a block was found that is not allowed; with a time: one at least that long
+
+              --allow <FILE>
+                  File of lines that may block, each with a reason: `app/store.py:41 until the driver is replaced`
+
+              --junit <FILE>
+                  Write a JUnit report to this file
+
+              --markdown <FILE>
+                  Write a Markdown report to this file
 
         Exit codes:
           0  nothing to complain about

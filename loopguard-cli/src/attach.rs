@@ -1,6 +1,6 @@
-//! `loopguard attach`: follows running processes until they end, the time is over or somebody says stop.
+//! `loopguard attach` and `run`: follow processes until they end, the time is over or somebody says stop.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, ffi::OsString, fs::File, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use tokio::{
@@ -12,11 +12,20 @@ use crate::{
     args,
     core::{
         event::{Event, TickCounts},
+        incident::Update,
         profile::{Profile, Settings},
         status::{Status, ThreadStatus},
-        summary::Measured,
+        summary::{Measured, Summary},
     },
-    output::{Output, output_error},
+    options,
+    output::{Output, output_error, wall_clock},
+    run::{self, Held, Started},
+    sink::{
+        Sink as _, Sinks,
+        gate::{Allowed, Gate, Reports},
+        log::Log,
+        prometheus::Prometheus,
+    },
     source::{
         kernel::Talk,
         live::{Live, Options, Steps},
@@ -39,44 +48,108 @@ const NO_LOOP: &str = "no event loop seen so far: no thread of the target has ca
 /// What came of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    pub blocks: u64,
+    /// Blocks that make the run fail.
+    pub failing_blocks: u64,
+    /// The exit code of the command that was run, if one was.
+    pub command: Option<u8>,
 }
 
+/// Watches processes that run already.
 pub fn run(arguments: &args::Attach) -> Result<Outcome> {
     for &pid in &arguments.pids {
         target::check(pid)?;
     }
-    target::check_privileges()?;
-    // Before anything is attached: an output that cannot be written is better known now.
-    let mut output = Output::open(arguments)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the event loop")?;
-    runtime.block_on(follow(arguments, &mut output))
+    start(arguments, None)
 }
 
-async fn follow(arguments: &args::Attach, output: &mut Output) -> Result<Outcome> {
-    let settings = Settings::fixed(arguments.threshold.as_nanos() as u64);
-    let options = Options {
-        threshold_ns: settings.threshold.initial_ns(),
-        cumulative: settings.cumulative,
-        capture_after_ns: None,
-        sample_every_ns: None,
-        steps: match arguments.steps {
-            args::Steps::Auto => Steps::Auto,
-            args::Steps::Off => Steps::Off,
-        },
-        stack_size: arguments.stack_size,
-        talk: if arguments.debug_bpf { Talk::Debug } else { Talk::Silent },
-    };
+/// Starts a command and watches it.
+pub fn run_command(arguments: &args::Run) -> Result<Outcome> {
+    if !arguments.attach.pids.is_empty() {
+        bail!("loopguard run starts its own process; use loopguard attach --pid for one that runs already");
+    }
+    let mut attach = arguments.attach.clone();
+    // A live view would share the terminal with the command.
+    attach.format.get_or_insert(args::Format::Text);
+    start(&attach, Some(&arguments.command))
+}
+
+fn start(arguments: &args::Attach, command: Option<&[OsString]>) -> Result<Outcome> {
+    target::check_privileges()?;
+    let settings = arguments.detection.settings(arguments.monitoring.label_cap).map_err(anyhow::Error::msg)?;
+    // Before anything is attached: an output that cannot be written is better known now.
+    let outputs = Outputs::open(arguments)?;
+    // And before it is started what can't be watched.
+    let held = command.map(Held::start).transpose()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the event loop")?;
+    runtime.block_on(follow(arguments, settings, outputs, held))
+}
+
+/// Where what is found goes.
+struct Outputs {
+    main: Output,
+    others: Sinks,
+    gate: Gate<Box<dyn Fn(u64) -> bool>>,
+}
+
+impl Outputs {
+    fn open(arguments: &args::Attach) -> Result<Self> {
+        let options::Gate { fail_on_blocking, allow, junit, markdown } = arguments.gate.clone();
+        let allowed = allow.as_deref().map(Allowed::read).transpose()?.unwrap_or_default();
+        for report in [&junit, &markdown].into_iter().flatten() {
+            create(report)?;
+        }
+        let fails = Box::new(move |ns| fail_on_blocking.is_failed_by(ns));
+        let mut others = Sinks::default();
+        if let Some(path) = &arguments.monitoring.log {
+            let log = Log::open(path, wall_clock()).with_context(|| format!("cannot write to {}", path.display()))?;
+            others.0.push(Box::new(log));
+        }
+        if let Some(address) = arguments.monitoring.prometheus {
+            others.0.push(Box::new(Prometheus::serve(address, arguments.monitoring.label_cap)?));
+        }
+        let gate = Gate::new(allowed, Reports { junit, markdown }, fails as Box<dyn Fn(u64) -> bool>);
+        Ok(Self { main: Output::open(arguments)?, others, gate })
+    }
+
+    fn update(&mut self, update: &Update) -> Result<()> {
+        self.gate.update(update).map_err(output_error)?;
+        self.others.update(update).map_err(output_error)?;
+        self.main.sink().update(update).map_err(output_error)
+    }
+
+    fn status(&mut self, status: &Status) -> Result<()> {
+        self.others.status(status).map_err(output_error)?;
+        self.main.sink().status(status).map_err(output_error)
+    }
+
+    fn finish(&mut self, summary: &Summary) -> Result<()> {
+        self.main.sink().finish(summary).map_err(output_error)?;
+        self.gate.finish(summary).map_err(output_error)?;
+        self.others.finish(summary).map_err(output_error)
+    }
+}
+
+async fn follow(
+    arguments: &args::Attach,
+    settings: Settings,
+    mut outputs: Outputs,
+    held: Option<Held>,
+) -> Result<Outcome> {
+    let options = options_of(arguments, &settings);
     let mut stop = Stop::listen()?;
-    let pids: BTreeSet<u32> = arguments.pids.iter().copied().collect();
+    let pids: BTreeSet<u32> = match &held {
+        Some(held) => [held.pid].into(),
+        None => arguments.pids.iter().copied().collect(),
+    };
     let mut live = Live::attach(&pids, options)?;
-    output.begin()?;
+    outputs.main.begin()?;
     let mut profile = Profile::new(settings);
     let mut events = Vec::new();
     live.scan(&mut events)?;
+    let mut command = held.map(Held::go).transpose()?;
 
-    let look_every = (arguments.threshold / LOOKS_PER_THRESHOLD).clamp(*LOOK_EVERY.start(), *LOOK_EVERY.end());
-    let mut look = interval(look_every);
+    let look_every = Duration::from_nanos(options.threshold_ns) / LOOKS_PER_THRESHOLD;
+    let mut look = interval(look_every.clamp(*LOOK_EVERY.start(), *LOOK_EVERY.end()));
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut reap = interval(REAP_EVERY);
     reap.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -89,22 +162,22 @@ async fn follow(arguments: &args::Attach, output: &mut Output) -> Result<Outcome
 
     loop {
         for notice in live.take_notices() {
-            output.say(&notice);
+            outputs.main.say(&notice);
         }
         for event in events.drain(..) {
             if let Event::LoopFound(info) = &event {
                 saw_loop = true;
-                output.found(info, &live.describe(info.pid), options.threshold_ns);
+                outputs.main.found(info, &live.describe(info.pid), options.threshold_ns);
             }
             for update in profile.apply(event) {
-                output.sink().update(&update).map_err(output_error)?;
+                outputs.update(&update)?;
             }
         }
         for (tid, threshold_ns, told_from_ns) in profile.thresholds() {
             live.set_threshold(tid, threshold_ns, told_from_ns)?;
         }
         if live.all_ended() {
-            output.say(if arguments.pids.len() == 1 { "the process has ended" } else { "the processes have ended" });
+            outputs.main.say(if pids.len() == 1 { "the process has ended" } else { "the processes have ended" });
             break;
         }
         tokio::select! {
@@ -123,40 +196,79 @@ async fn follow(arguments: &args::Attach, output: &mut Output) -> Result<Outcome
                 if no_loop_hint.is_some_and(|at| Instant::now() >= at) {
                     no_loop_hint = None;
                     if !saw_loop {
-                        output.say(NO_LOOP);
+                        outputs.main.say(NO_LOOP);
                     }
                 }
             }
             _ = status.tick() => {
                 let status = live.status();
                 events.extend(tick_counts(&status));
-                output.sink().status(&status).map_err(output_error)?;
+                outputs.status(&status)?;
             }
             _ = sleep_until(end) => break,
-            _ = stop.told() => break,
-            wish = output.turn() => if wish? == Wish::Leave { break },
+            told = stop.told() => match (told, &mut command) {
+                // Somebody rotates logs. Without one it says that the terminal is gone.
+                (Told::HangUp, _) if arguments.monitoring.log.is_some() => {
+                    outputs.others.reopen().map_err(output_error)?;
+                }
+                (Told::HangUp, _) | (_, None) => break,
+                // The command's end is ours; whoever asks twice does not want to wait for it.
+                (Told::Signal(_), Some(command)) if command.was_told() => break,
+                (Told::Signal(signal), Some(command)) => command.tell(signal),
+            },
+            wish = outputs.main.turn() => if wish? == Wish::Leave { break },
         }
     }
     // What is under way when the end comes still counts.
     live.finish(&mut events)?;
     for event in events.drain(..) {
         for update in profile.apply(event) {
-            output.sink().update(&update).map_err(output_error)?;
+            outputs.update(&update)?;
         }
     }
     for update in profile.finish() {
-        output.sink().update(&update).map_err(output_error)?;
+        outputs.update(&update)?;
     }
-    let summary = profile.summary(&Measured::from(&live.status()));
-    output.sink().finish(&summary).map_err(output_error)?;
+    outputs.finish(&profile.summary(&Measured::from(&live.status())))?;
+    for entry in outputs.gate.stale() {
+        outputs.main.say(&format!("the allow file names {entry}, but nothing there blocked"));
+    }
+    // Let go of it before it is waited for: it may live on after --duration.
+    drop(live);
+    let command = command.map(Started::code).transpose()?;
     if !saw_loop {
-        bail!(
-            "saw no event loop in process {}: nothing can be said about blocking (loopguard doctor --pid {} says why)",
-            arguments.pids.iter().map(u32::to_string).collect::<Vec<_>>().join(", "),
-            arguments.pids[0],
-        );
+        bail!("{}", saw_none(&pids, command.is_some()));
     }
-    Ok(Outcome { blocks: profile.blocks() })
+    Ok(Outcome { failing_blocks: outputs.gate.failed(), command })
+}
+
+fn options_of(arguments: &args::Attach, settings: &Settings) -> Options {
+    let ns = |time: Option<Duration>| time.map(|time| time.as_nanos() as u64);
+    Options {
+        threshold_ns: settings.threshold.initial_ns(),
+        cumulative: settings.cumulative,
+        capture_after_ns: ns(arguments.detection.capture_after),
+        sample_every_ns: ns(arguments.detection.sample_every),
+        steps: match arguments.steps {
+            args::Steps::Auto => Steps::Auto,
+            args::Steps::Off => Steps::Off,
+        },
+        stack_size: arguments.stack_size,
+        talk: if arguments.debug_bpf { Talk::Debug } else { Talk::Silent },
+    }
+}
+
+fn saw_none(pids: &BTreeSet<u32>, is_over: bool) -> String {
+    let names: Vec<String> = pids.iter().map(u32::to_string).collect();
+    let names = names.join(", ");
+    if is_over {
+        return format!("saw no event loop in process {names}: nothing can be said about blocking");
+    }
+    let first = pids.first().copied().unwrap_or_default();
+    format!(
+        "saw no event loop in process {names}: nothing can be said about blocking (loopguard doctor --pid {first} says \
+         why)"
+    )
 }
 
 /// What an adaptive threshold follows.
@@ -167,12 +279,21 @@ fn tick_counts(status: &Status) -> impl Iterator<Item = Event> {
     })
 }
 
+fn create(path: &Path) -> Result<File> {
+    File::create(path).with_context(|| format!("cannot write to {}", path.display()))
+}
+
 /// Everything that asks loopguard to end, and lets it say what it saw.
 struct Stop {
     interrupt: Signal,
     terminate: Signal,
-    /// The terminal is gone.
     hangup: Signal,
+}
+
+enum Told {
+    /// To be passed on to the command, if there is one.
+    Signal(run::Signal),
+    HangUp,
 }
 
 impl Stop {
@@ -184,11 +305,11 @@ impl Stop {
         })
     }
 
-    async fn told(&mut self) {
+    async fn told(&mut self) -> Told {
         tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-            _ = self.hangup.recv() => {}
+            _ = self.interrupt.recv() => Told::Signal(run::Signal::Interrupt),
+            _ = self.terminate.recv() => Told::Signal(run::Signal::Terminate),
+            _ = self.hangup.recv() => Told::HangUp,
         }
     }
 }

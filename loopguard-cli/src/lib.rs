@@ -5,9 +5,12 @@
 
 pub mod args;
 pub mod attach;
+pub mod config;
 pub mod core;
 pub mod doctor;
+pub mod options;
 pub mod output;
+pub mod run;
 pub mod runtime;
 pub mod sink;
 pub mod source;

@@ -2,10 +2,12 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use anyhow::Result;
 use loopguard::{
-    args::{Args, Command},
-    attach, doctor,
+    args::Command,
+    attach::{self, Outcome},
+    config::{self, ProcessEnvironment, Wrong},
+    doctor,
     sink::escape::{plain, printable},
 };
 
@@ -14,18 +16,34 @@ const FOUND: u8 = 1;
 const FAILED: u8 = 2;
 
 fn main() -> ExitCode {
-    let arguments = Args::parse();
-    let outcome = match &arguments.command {
-        Command::Attach(options) => {
-            attach::run(options).map(|outcome| if options.fail_on_blocking && outcome.blocks > 0 { FOUND } else { 0 })
-        }
-        Command::Doctor(options) => doctor::run(options).map(|healthy| if healthy { 0 } else { FAILED }),
-    };
-    match outcome {
+    match run() {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("loopguard: {}", printable(&plain(&format!("{error:#}"))));
             ExitCode::from(FAILED)
         }
+    }
+}
+
+fn run() -> Result<u8> {
+    let configured = match config::parse(std::env::args_os().collect(), &ProcessEnvironment) {
+        Ok(configured) => configured,
+        Err(Wrong::Usage(error)) => error.exit(),
+        Err(Wrong::Value(error)) => return Err(error),
+    };
+    match &configured.arguments.command {
+        Command::Attach(options) => attach::run(options).map(code),
+        Command::Run(options) => attach::run_command(options).map(code),
+        Command::Config(_) => config::print(&configured.effective).map(|()| 0),
+        Command::Doctor(options) => doctor::run(options).map(|healthy| if healthy { 0 } else { FAILED }),
+    }
+}
+
+/// A command that failed says more than a block.
+fn code(outcome: Outcome) -> u8 {
+    match outcome.command {
+        Some(code) if code != 0 => code,
+        _ if outcome.failing_blocks > 0 => FOUND,
+        _ => 0,
     }
 }

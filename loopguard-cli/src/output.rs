@@ -137,7 +137,7 @@ fn text_look(is_terminal: bool) -> Look {
     }
 }
 
-fn wall_clock() -> WallClock {
+pub fn wall_clock() -> WallClock {
     let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let seconds = unix.as_secs() as libc::time_t;
     // SAFETY: a plain struct, filled by the call.

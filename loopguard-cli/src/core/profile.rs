@@ -16,7 +16,7 @@ use super::incident::{
     user_line,
 };
 use super::routes::RouteRules;
-use super::summary::{Measured, Summary, Totals};
+use super::summary::{MAX_LABELS, Measured, Summary, Totals};
 use super::threshold::{AdaptiveThreshold, ThresholdRule};
 
 /// Blocks of one loop that wait until its threshold is known; the longest are kept.
@@ -28,6 +28,8 @@ pub struct Settings {
     pub threshold: ThresholdRule,
     pub cumulative: CumulativeSettings,
     pub routes: RouteRules,
+    /// Routes, and lines, that the summary tells apart.
+    pub label_cap: usize,
 }
 
 impl Settings {
@@ -37,6 +39,7 @@ impl Settings {
             threshold: ThresholdRule::Fixed { ns: threshold_ns },
             cumulative: CumulativeSettings::default(),
             routes: RouteRules::default(),
+            label_cap: MAX_LABELS,
         }
     }
 }
@@ -78,7 +81,8 @@ enum Marks {
 
 impl Profile {
     pub fn new(settings: Settings) -> Self {
-        Self { settings, loops: HashMap::new(), totals: Totals::default() }
+        let totals = Totals::capped_at(settings.label_cap);
+        Self { settings, loops: HashMap::new(), totals }
     }
 
     /// What follows from `event`. Events of a thread that no [`Event::LoopFound`] introduced are ignored.

@@ -10,7 +10,7 @@ use super::incident::{Blame, Cumulative, Incident};
 use super::request::RequestCounts;
 use super::status::StackCounts;
 
-/// Routes, and lines, that are told apart; what comes later counts as `other`.
+/// Routes, and lines, that are told apart unless another number is asked for; what comes later counts as `other`.
 pub const MAX_LABELS: usize = 200;
 /// Loop threads that are listed; the oldest that are gone make room.
 pub const MAX_THREADS: usize = 1000;
@@ -92,8 +92,10 @@ pub enum LineLabel {
 }
 
 /// The running sums behind a [`Summary`].
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Totals {
+    /// Routes, and lines, that are told apart.
+    label_cap: usize,
     total: Total,
     routes: HashMap<RouteLabel, Total>,
     lines: HashMap<LineLabel, Total>,
@@ -112,7 +114,27 @@ struct ThreadSum {
     total: Total,
 }
 
+impl Default for Totals {
+    fn default() -> Self {
+        Self::capped_at(MAX_LABELS)
+    }
+}
+
 impl Totals {
+    /// `label_cap`: routes, and lines, that are told apart.
+    pub fn capped_at(label_cap: usize) -> Self {
+        Self {
+            label_cap,
+            total: Total::default(),
+            routes: HashMap::new(),
+            lines: HashMap::new(),
+            victims: HashMap::new(),
+            cumulative: Total::default(),
+            excluded: Total::default(),
+            threads: Vec::new(),
+        }
+    }
+
     pub fn loop_found(&mut self, info: &Arc<LoopInfo>) {
         let tid = info.tid;
         if let Some(known) = self.thread(tid) {
@@ -140,8 +162,9 @@ impl Totals {
     pub fn add(&mut self, incident: &Incident) {
         let ns = incident.duration_ns();
         self.total.add(ns);
-        capped(&mut self.routes, route_label(&incident.blame.owner), RouteLabel::Other).add(ns);
-        capped(&mut self.lines, line_label(&incident.blame), LineLabel::Other).add(ns);
+        let cap = self.label_cap;
+        capped(&mut self.routes, cap, (route_label(&incident.blame.owner), RouteLabel::Other)).add(ns);
+        capped(&mut self.lines, cap, (line_label(&incident.blame), LineLabel::Other)).add(ns);
         if let Some(thread) = self.thread(incident.on.tid) {
             thread.total.add(ns);
         }
@@ -149,7 +172,7 @@ impl Totals {
             // Of those beyond the listed ones only the number is known.
             let listed = victims.requests.len() as u64;
             for victim in &victims.requests {
-                capped(&mut self.victims, label_of(victim), RouteLabel::Other).add(ns);
+                capped(&mut self.victims, cap, (label_of(victim), RouteLabel::Other)).add(ns);
             }
             if victims.count > listed {
                 let rest = self.victims.entry(RouteLabel::Other).or_default();
@@ -215,7 +238,7 @@ impl Summary {
 }
 
 impl Total {
-    fn add(&mut self, ns: u64) {
+    pub fn add(&mut self, ns: u64) {
         self.blocks += 1;
         self.blocked_ns = self.blocked_ns.saturating_add(ns);
         self.longest_ns = self.longest_ns.max(ns);
@@ -246,8 +269,8 @@ pub fn line_label(blame: &Blame) -> LineLabel {
     }
 }
 
-fn capped<L: Hash + Eq>(totals: &mut HashMap<L, Total>, label: L, other: L) -> &mut Total {
-    let has_room = totals.len() < MAX_LABELS || totals.contains_key(&label);
+fn capped<L: Hash + Eq>(totals: &mut HashMap<L, Total>, cap: usize, (label, other): (L, L)) -> &mut Total {
+    let has_room = totals.len() < cap || totals.contains_key(&label);
     totals.entry(if has_room { label } else { other }).or_default()
 }
 

@@ -24,12 +24,17 @@ impl<W: Write> JsonLines<W> {
 
     /// Whole lines only, so that a reader can follow along.
     fn line(&mut self, object: &impl Serialize) -> io::Result<()> {
-        let mut line = Vec::with_capacity(1024);
-        object.serialize(&mut Serializer::with_formatter(&mut line, SafeStrings(CompactFormatter)))?;
-        line.push(b'\n');
-        self.out.write_all(&line)?;
-        self.out.flush()
+        write_line(&mut self.out, object)
     }
+}
+
+/// In one piece.
+pub(super) fn write_line(out: &mut impl Write, object: &impl Serialize) -> io::Result<()> {
+    let mut line = Vec::with_capacity(1024);
+    object.serialize(&mut Serializer::with_formatter(&mut line, SafeStrings(CompactFormatter)))?;
+    line.push(b'\n');
+    out.write_all(&line)?;
+    out.flush()
 }
 
 impl<W: Write> Sink for JsonLines<W> {

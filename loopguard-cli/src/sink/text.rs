@@ -352,6 +352,12 @@ impl Times {
 }
 
 impl WallClock {
+    /// Since 1970, UTC.
+    pub fn unix_time(&self, ns: u64) -> Duration {
+        let unix_ns = self.unix.as_nanos() as i128 + i128::from(ns) - i128::from(self.monotonic_ns);
+        Duration::from_nanos(u64::try_from(unix_ns).unwrap_or(0))
+    }
+
     fn time_of_day(&self, ns: u64) -> String {
         let unix_ns = self.unix.as_nanos() as i128 + i128::from(ns) - i128::from(self.monotonic_ns);
         let ms = (unix_ns.div_euclid(1_000_000) + i128::from(self.utc_offset_s) * 1000).rem_euclid(24 * 3600 * 1000);
