@@ -241,6 +241,9 @@ pub struct PollRecord {
     pub epoll_fd: i32,
     /// The system call: `epoll_wait` tells asyncio's selector from libuv's `epoll_pwait`.
     pub syscall: i32,
+    /// Its timeout in milliseconds; 0: it does not wait. Of `epoll_pwait2` it is not known and says -1.
+    pub timeout_ms: i32,
+    pub _pad: u32,
 }
 
 /// Step probes on this thread's own `Context.run` may nest: a deeper one belongs to the same step.
@@ -322,7 +325,7 @@ const _: () = assert!(
 );
 const _: () = assert!(size_of::<GilHolder>() == 16 + 24 * HOLDER_FRAMES);
 const _: () = assert!(size_of::<StackPage>() == 32 + STACK_PAGE);
-const _: () = assert!(size_of::<PollRecord>() == 32);
+const _: () = assert!(size_of::<PollRecord>() == 40);
 const _: () = assert!(size_of::<LoopThread>() == 88 + 24);
 
 use core::mem::offset_of;

@@ -18,6 +18,8 @@ use crate::{
 /// `struct syscall_trace_enter`: the common header, the number, then the arguments as words (kernel/trace/trace.h).
 const SYSCALL_NUMBER: usize = 8;
 const FIRST_ARGUMENT: usize = 16;
+/// Number of `epoll_pwait2` (asm/unistd_64.h).
+const EPOLL_PWAIT2: i32 = 441;
 /// An unknown poll is reported again after this long, should the report have been lost.
 pub const REPORT_AGAIN_NS: u64 = 1_000_000_000;
 
@@ -62,5 +64,8 @@ fn report_unknown(ctx: &TracePointContext, header: RecordHeader, now: u64, epoll
     // SAFETY: the number word of a system call's tracepoint, likewise.
     let syscall = unsafe { *ctx.as_ptr().cast::<u8>().add(SYSCALL_NUMBER).cast::<u64>() } as i32;
     debug!(ctx, "thread {} of process {} polls epoll descriptor {}", header.tid, header.tgid, epoll_fd);
-    send::poll(&PollRecord { header, at_ns: now, epoll_fd, syscall });
+    // SAFETY: another argument word, likewise. That of `epoll_pwait2` is an address.
+    let timeout = unsafe { *ctx.as_ptr().cast::<u8>().add(FIRST_ARGUMENT + 3 * 8).cast::<u64>() } as i32;
+    let timeout_ms = if syscall == EPOLL_PWAIT2 { -1 } else { timeout };
+    send::poll(&PollRecord { header, at_ns: now, epoll_fd, syscall, timeout_ms, _pad: 0 });
 }

@@ -263,5 +263,6 @@ fn report_thread(hit: &Hit) {
         return;
     }
     let _ = REPORTED_POLLS.insert(reported_as, at_ns, 0);
-    send::poll(&PollRecord { header: hit.header(RecordKind::Poll), at_ns, epoll_fd: -1, syscall: SYSCALL_NONE });
+    let header = hit.header(RecordKind::Poll);
+    send::poll(&PollRecord { header, at_ns, epoll_fd: -1, syscall: SYSCALL_NONE, timeout_ms: -1, _pad: 0 });
 }

@@ -131,6 +131,7 @@ impl Totals {
             victims: HashMap::new(),
             cumulative: Total::default(),
             excluded: Total::default(),
+            requests: 0,
             threads: Vec::new(),
         }
     }

@@ -72,6 +72,8 @@ struct Metrics {
     lag: Histogram,
     requests: IntCounter,
     seen: SeenRequests,
+    /// The server tells of its requests: those that are only seen are among them.
+    is_told: bool,
     live: Arc<Mutex<LiveFigures>>,
 }
 
@@ -120,6 +122,7 @@ impl Metrics {
                 "Requests that loopguard saw: those it was told of, that ran in an old step, or that were in flight in a block.",
             )?,
             seen: SeenRequests::default(),
+            is_told: false,
             live: Arc::default(),
             registry,
         };
@@ -163,7 +166,11 @@ impl Metrics {
                     }
                 }
             }
-            _ => {}
+            Update::Request(_) => {
+                self.is_told = true;
+                self.requests.inc();
+            }
+            Update::Ongoing(_) | Update::CumulativeOngoing(_) | Update::Threshold(_) => {}
         }
     }
 
@@ -184,7 +191,7 @@ impl Metrics {
     }
 
     fn see(&mut self, request: Option<&Arc<RequestFacts>>) {
-        if request.is_some_and(|request| self.seen.is_new(&request.id)) {
+        if !self.is_told && request.is_some_and(|request| self.seen.is_new(&request.id)) {
             self.requests.inc();
         }
     }

@@ -62,6 +62,15 @@ pub fn thread_name(pid: u32, tid: Tid) -> String {
     String::from_utf8_lossy(&name).trim_end_matches('\n').to_owned()
 }
 
+/// What tells one program from another: the device and the inode of its file.
+pub type Program = (u64, u64);
+
+/// `None`: the process is gone, or not to be looked into.
+pub fn program(pid: u32) -> Option<Program> {
+    use std::os::unix::fs::MetadataExt as _;
+    fs::metadata(format!("/proc/{pid}/exe")).ok().map(|file| (file.dev(), file.ino()))
+}
+
 /// The command line, arguments separated by spaces, bounded.
 pub fn command_line(pid: u32) -> String {
     let mut bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

@@ -9,6 +9,7 @@ use loopguard_common::{
 use super::{
     Live, Loop,
     facts::{StepFacts, empty_capture, frames, walk_status},
+    find_python,
 };
 use crate::{
     core::event::{Event, Frame, LoopInfo, Runtime, Stack, StepMarks, Tid},
@@ -38,8 +39,8 @@ impl Live {
                 if let Some((number, epoll_fd)) = process::current_syscall(pid, tid)
                     && syscall::is_epoll(number)
                 {
-                    let found = Poll { pid, tid, epoll_fd: epoll_fd as i32, syscall: number };
-                    self.polled(found, Standing::Idle, events)?;
+                    let found = Poll { pid, tid, epoll_fd: epoll_fd as i32, syscall: number, returned_ns: None };
+                    self.polled(found, events)?;
                 } else {
                     self.find_busy_loop(pid, tid, events)?;
                 }
@@ -66,8 +67,8 @@ impl Live {
     }
 
     /// A thread polls: is it a loop of ours, and is this the loop's own poll?
-    pub(super) fn polled(&mut self, poll: Poll, standing: Standing, events: &mut Vec<Event>) -> Result<()> {
-        let Poll { pid, tid, epoll_fd, syscall } = poll;
+    pub(super) fn polled(&mut self, poll: Poll, events: &mut Vec<Event>) -> Result<()> {
+        let Poll { pid, tid, epoll_fd, syscall, returned_ns } = poll;
         if epoll_fd < 0 {
             return self.runs_requests(pid, tid, events);
         }
@@ -79,7 +80,10 @@ impl Live {
             }
             return Ok(());
         }
-        let Some(target) = self.targets.get(&pid) else { return Ok(()) };
+        self.look_at_program(pid)?;
+        let Some(target) = self.targets.get_mut(&pid) else { return Ok(()) };
+        // It may have been loaded since.
+        target.uses_uvloop = target.uses_uvloop || process::uses_uvloop(pid);
         let (uses_uvloop, is_python) = (target.uses_uvloop, target.python.is_some());
         let found = match self.python_stack(pid, tid) {
             Some((python, stack)) => {
@@ -87,6 +91,8 @@ impl Live {
                     // libuv polls with epoll_pwait, Python's own selector with epoll_wait.
                     _ if uses_uvloop && syscall == libc::SYS_epoll_pwait => Runtime::Uvloop,
                     LoopFrames::Asyncio { polls: true } => Runtime::Asyncio,
+                    // A loop that only looked what is ready, and is in its first tick by now.
+                    LoopFrames::Asyncio { polls: false } if returned_ns.is_some() => Runtime::Asyncio,
                     // A poll inside a step: the loop's own will follow.
                     LoopFrames::Asyncio { polls: false } => return Ok(()),
                     _ => Runtime::Epoll,
@@ -97,7 +103,29 @@ impl Live {
             None if is_python => return Ok(()),
             None => Found { pid, tid, epoll_fd, runtime: Runtime::Epoll, python: None },
         };
-        self.adopt(found, standing, events)
+        self.adopt(found, standing(&poll), events)
+    }
+
+    /// A process may run another program than when it was looked at: `loopguard run` watches its command from before
+    /// it is one, and launchers replace themselves.
+    fn look_at_program(&mut self, pid: u32) -> Result<()> {
+        let program = process::program(pid);
+        let Some(target) = self.targets.get_mut(&pid).filter(|target| target.program != program) else {
+            return Ok(());
+        };
+        target.program = program;
+        // If it ended meanwhile, that is seen soon.
+        let Ok((python, notice)) = find_python(pid) else { return Ok(()) };
+        self.notices.extend(notice);
+        self.naming.forget(pid);
+        self.naming.prepare(pid);
+        let layout = python.as_ref().map(|python| python.interpreter.layout());
+        if let Some(target) = self.targets.get_mut(&pid) {
+            target.python = python;
+            target.uses_uvloop = process::uses_uvloop(pid);
+        }
+        self.find_request_probes(pid);
+        layout.map_or(Ok(()), |layout| self.kernel.update_layout(pid, &layout))
     }
 
     /// A thread that nobody knew runs a request's code: a worker, whose idling need not be a poll of its own.
@@ -205,6 +233,20 @@ pub(super) struct Poll {
     pub(super) tid: Tid,
     pub(super) epoll_fd: i32,
     pub(super) syscall: i64,
+    /// When it returned, if it did not wait for anything: a tick began then.
+    pub(super) returned_ns: Option<u64>,
+}
+
+/// Where a thread stands by now that was seen to poll.
+fn standing(poll: &Poll) -> Standing {
+    let now_in = process::current_syscall(poll.pid, poll.tid);
+    match poll.returned_ns {
+        Some(now_ns) if !now_in.is_some_and(|(number, _)| syscall::is_epoll(number)) => {
+            let waits_in = now_in.filter(|(number, _)| *number >= 0).map(|(number, arg0)| (number as i32, arg0));
+            Standing::InTick { now_ns, waits_in }
+        }
+        _ => Standing::Idle,
+    }
 }
 
 struct Found {

@@ -29,7 +29,7 @@ use tokio::io::unix::AsyncFd;
 use super::{
     cost::CostMeter,
     decode::{Record, decode},
-    kernel::{Kernel, Pace, Standing, Talk},
+    kernel::{Kernel, Pace, Talk},
     process,
 };
 use crate::{
@@ -100,6 +100,8 @@ pub struct Live {
 struct Target {
     pid: u32,
     pidfd: OwnedFd,
+    /// Which program it ran when it was looked at.
+    program: Option<process::Program>,
     python: Option<Python>,
     uses_uvloop: bool,
     closeness: Closeness,
@@ -123,6 +125,19 @@ struct Loop {
     pace: Pace,
     /// What is shown as its threshold.
     threshold_ns: u64,
+}
+
+/// The interpreter of a process, if it has one that can be read; and what to tell the person at the terminal.
+fn find_python(pid: u32) -> Result<(Option<Python>, Option<String>)> {
+    match cpython::find(pid) {
+        Ok(interpreter) => {
+            let interpreter = Arc::new(interpreter);
+            Ok((Some(Python { inspector: Inspector::new(interpreter.clone()), interpreter }), None))
+        }
+        Err(NotUsable::NotPython) => Ok((None, None)),
+        Err(NotUsable::Gone) => bail!("process {pid} ended while loopguard was attaching"),
+        Err(other) => Ok((None, Some(format!("process {pid}: {other}; its loops are watched without names")))),
+    }
 }
 
 impl Options {
@@ -176,24 +191,15 @@ impl Live {
 
     fn add_target(&mut self, pid: u32) -> Result<()> {
         let pidfd = process::pidfd(pid).with_context(|| format!("process {pid} cannot be opened"))?;
-        let python = match cpython::find(pid) {
-            Ok(interpreter) => {
-                let interpreter = Arc::new(interpreter);
-                Some(Python { inspector: Inspector::new(interpreter.clone()), interpreter })
-            }
-            Err(NotUsable::NotPython) => None,
-            Err(NotUsable::Gone) => bail!("process {pid} ended while loopguard was attaching"),
-            Err(other) => {
-                self.notices.push(format!("process {pid}: {other}; its loops are watched without names"));
-                None
-            }
-        };
+        let program = process::program(pid);
+        let (python, notice) = find_python(pid)?;
+        self.notices.extend(notice);
         self.naming.prepare(pid);
         let uses_uvloop = process::uses_uvloop(pid);
         let layout = python.as_ref().map(|python| python.interpreter.layout());
         self.kernel.watch_process(pid, layout.as_ref())?;
-        self.targets
-            .insert(pid, Target { pid, pidfd, python, uses_uvloop, closeness: Closeness::default(), ended: false });
+        let closeness = Closeness::default();
+        self.targets.insert(pid, Target { pid, pidfd, program, python, uses_uvloop, closeness, ended: false });
         self.find_request_probes(pid);
         Ok(())
     }
@@ -256,8 +262,9 @@ impl Live {
                         tid: record.header.tid,
                         epoll_fd: record.epoll_fd,
                         syscall: i64::from(record.syscall),
+                        returned_ns: (record.timeout_ms == 0).then_some(record.at_ns),
                     };
-                    self.polled(found, Standing::Idle, events)?;
+                    self.polled(found, events)?;
                 }
                 Ok(Record::StackPage(_)) | Err(_) => self.unknown_records += 1,
             }
