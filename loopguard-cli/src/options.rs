@@ -90,7 +90,8 @@ pub struct Monitoring {
 #[derive(Clone, Debug, PartialEq, ClapArgs)]
 #[command(next_help_heading = "Continuous integration")]
 pub struct Gate {
-    /// Exit with 1 when a block was found that is not allowed; with a time: one at least that long
+    /// Exit with 1 when a block was found that is not allowed; with a time: one at least that long. Time for which
+    /// there was no CPU does not count
     #[arg(
         long,
         value_name = "TIME",

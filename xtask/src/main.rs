@@ -3,6 +3,7 @@
 mod bench;
 mod companion;
 mod demo;
+mod prometheus;
 mod pythons;
 mod setup;
 mod sid;

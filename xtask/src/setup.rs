@@ -165,7 +165,7 @@ impl<'a> Apt<'a> {
     }
 }
 
-fn is_debian() -> bool {
+pub fn is_debian() -> bool {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     release
         .lines()

@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use xtask::workspace::{Workspace, cargo};
 
+use crate::prometheus;
 use crate::pythons::{self, Venv};
 use crate::setup;
 use crate::sid::Sid;
@@ -26,7 +27,7 @@ pub enum Pythons {
 
 /// The tests read which servers they may start from the environment:
 /// `LOOPGUARD_TEST_PYTHONS` (also as `LOOPGUARD_PYTHONS`) holds the Python of each virtual environment, joined by
-/// colons; `LOOPGUARD_TEST_SID` is the root of the chroot, with `/venv-3.13` and so on inside; `LOOPGUARD_TEST_AXUM` is a
+/// colons; `LOOPGUARD_TEST_PROMETHEUS` is the folder of Prometheus and promtool; `LOOPGUARD_TEST_SID` is the root of the chroot, with `/venv-3.13` and so on inside; `LOOPGUARD_TEST_AXUM` is a
 /// release build of the axum server.
 pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
     let workspace = Workspace::locate()?;
@@ -43,6 +44,10 @@ pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
         .env("LOOPGUARD_TEST_PYTHONS", &joined)
         .env("LOOPGUARD_PYTHONS", &joined)
         .env("LOOPGUARD_TEST_AXUM", axum);
+    match prometheus::find(&workspace) {
+        Ok(folder) => drop(test.env("LOOPGUARD_TEST_PROMETHEUS", folder)),
+        Err(error) => say(&format!("going on without Prometheus: {error:#}")),
+    }
     // Lives until the tests are done: its mounts go with it.
     let sid = match which {
         Pythons::Host => None,

@@ -151,6 +151,10 @@ fn percentile_ns(weights: &[f64; TICK_BUCKETS], percentile: f64) -> Option<f64> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::event::{Event, Step, StepMarks, TickCounts};
+    use super::super::incident::Update;
+    use super::super::profile::{Profile, Settings};
+    use super::super::story::{loop_found, step};
     use super::*;
 
     const SECOND: u64 = 1_000_000_000;
@@ -214,6 +218,120 @@ mod tests {
         // A bad hour: a fifth of all ticks are blocks.
         let after = counted.run(3600, &[(100, 3000), (5, 60_000), (10, 300_000), (10, 40_000)]);
         assert_eq!((before, after), (19, 19));
+    }
+
+    /// A scripted hour of one loop, told as its kernel programs would: ticks are counted, and a step is recorded only if
+    /// it reaches what the profile asks for.
+    struct Hour {
+        profile: Profile,
+        counted: [u32; TICK_BUCKETS],
+        now_ns: u64,
+        seq: u64,
+        random: u64,
+        told: Vec<u64>,
+        injected: Vec<u64>,
+        thresholds: Vec<u64>,
+    }
+
+    impl Hour {
+        fn new() -> Self {
+            let threshold = ThresholdRule::Adaptive(AdaptiveSettings::default());
+            let mut profile = Profile::new(Settings { threshold, ..Settings::fixed(0) });
+            profile.apply(loop_found(StepMarks::Exact));
+            Self {
+                profile,
+                counted: [0; TICK_BUCKETS],
+                now_ns: SECOND,
+                seq: 0,
+                random: 7,
+                told: Vec::new(),
+                injected: Vec::new(),
+                thresholds: Vec::new(),
+            }
+        }
+
+        fn random(&mut self, below: u64) -> u64 {
+            self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (self.random >> 33) % below
+        }
+
+        fn threshold_ns(&self) -> u64 {
+            self.profile.thresholds().next().unwrap().1
+        }
+
+        fn tick(&mut self, ns: u64) {
+            self.counted[(64 - (ns / 1000).leading_zeros() as usize).min(TICK_BUCKETS - 1)] += 1;
+            self.seq += 1;
+            let asked_for_ns = self.profile.thresholds().next().unwrap().2;
+            if ns >= asked_for_ns {
+                let ended = Step { start_ns: self.now_ns, end_ns: self.now_ns + ns, ..step(self.seq, 0..0) };
+                self.listen(Event::Step(ended));
+            }
+            self.now_ns += ns;
+        }
+
+        fn listen(&mut self, event: Event) {
+            for update in self.profile.apply(event) {
+                match update {
+                    Update::Block(block) => self.told.push(block.duration_ns()),
+                    Update::Threshold(change) => self.thresholds.push(change.threshold_ns),
+                    _ => {}
+                }
+            }
+        }
+
+        /// Minutes in which each second has `ticks` of about `us`, and every `every` seconds a block of `blocks` ms.
+        fn phase(&mut self, minutes: u64, (ticks, us): (u64, u64), (every, blocks): (u64, &[u64])) {
+            for second in 0..minutes * 60 {
+                let end_ns = self.now_ns.max(self.now_ns / SECOND * SECOND) + SECOND;
+                for _ in 0..ticks {
+                    let ns = (us / 2 + self.random(us)) * 1000;
+                    self.tick(ns);
+                }
+                if second % every == every - 1 {
+                    let block = blocks[self.random(blocks.len() as u64) as usize] * 1_000_000;
+                    // What the threshold asks for at this moment has to be found.
+                    if block >= self.threshold_ns() {
+                        self.injected.push(block);
+                    }
+                    self.tick(block);
+                }
+                self.now_ns = end_ns.max(self.now_ns);
+                self.listen(Event::Ticks(TickCounts { tid: 7, now_ns: self.now_ns, histogram: self.counted }));
+            }
+        }
+    }
+
+    #[test]
+    fn a_scripted_hour() {
+        let mut hour = Hour::new();
+        let cap = AdaptiveSettings::default().cap_ns;
+        // Blocks come from the first second on, while nothing is calibrated.
+        hour.phase(10, (40, 800), (3, &[30, 250, 700]));
+        let quiet = hour.threshold_ns();
+        hour.phase(20, (60, 8000), (7, &[120, 300, 900]));
+        let busy = hour.threshold_ns();
+        // A bad time: as many blocks as anything else, of every length.
+        hour.phase(15, (4, 8000), (1, &[60, 90, 150, 210, 400, 1500]));
+        let bad = hour.threshold_ns();
+        hour.phase(15, (40, 800), (5, &[30, 250, 700]));
+        let quiet_again = hour.threshold_ns();
+
+        assert_eq!(quiet, 10_000_000, "at the floor");
+        assert!((35_000_000..=100_000_000).contains(&busy), "it follows the load: {busy}");
+        assert!(bad <= busy * 3 / 2, "bad times do not raise it: {busy} to {bad}");
+        assert_eq!(quiet_again, quiet, "and back");
+        assert!(hour.thresholds.iter().all(|ns| *ns <= cap), "{:?}", hour.thresholds);
+        assert!(hour.injected.len() > 500, "{}", hour.injected.len());
+        // Held ones come late: compared without order.
+        hour.injected.sort_unstable();
+        let mut told = hour.told.clone();
+        told.sort_unstable();
+        for block in &hour.injected {
+            let found = told.iter().position(|told| told == block);
+            assert!(found.is_some(), "a block of {block} ns was not told");
+            told.remove(found.unwrap_or_default());
+        }
     }
 
     #[test]

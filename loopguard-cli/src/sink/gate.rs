@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use super::Sink;
 use super::escape::{printable, word};
 use crate::core::event::{Frame, Owner};
-use crate::core::incident::{Blame, Update, user_line};
+use crate::core::incident::{Blame, Split, Update, user_line};
 use crate::core::summary::{Summary, Total};
 
 /// Lines that are told apart; a run with more has other worries.
@@ -157,10 +157,13 @@ impl<F: Fn(u64) -> bool> Gate<F> {
         self.allowed.stale()
     }
 
-    fn add(&mut self, blame: &Blame, ns: u64, hint: Option<&'static str>) -> &mut Finding {
+    /// `split` is of the whole block; time without a CPU is the machine's, and makes no run fail.
+    fn add(&mut self, blame: &Blame, (split, least_ns): (&Split, u64), hint: Option<&'static str>) -> &mut Finding {
+        let ns = split.total_ns();
+        let own_ns = ns.saturating_sub(split.run_queue_ns);
         let frame = user_line(&blame.stack).map(|line| line.frame).or(blame.stack.frames.first().map(|frame| &**frame));
         let allowed = frame.and_then(|frame| self.allowed.reason(frame));
-        let is_failing = (self.fails)(ns);
+        let is_failing = own_ns >= least_ns && (self.fails)(own_ns);
         if is_failing && allowed.is_none() {
             self.failed += 1;
         }
@@ -270,10 +273,10 @@ impl<F: Fn(u64) -> bool> Sink for Gate<F> {
     fn update(&mut self, update: &Update) -> io::Result<()> {
         match update {
             Update::Block(block) => {
-                self.add(&block.blame, block.duration_ns(), block.hint);
+                self.add(&block.blame, (&block.split, block.threshold_ns), block.hint);
             }
             Update::Cumulative(block) => {
-                self.add(&block.blame, block.total_ns, block.hint).cumulative += 1;
+                self.add(&block.blame, (&block.split, block.threshold_ns), block.hint).cumulative += 1;
             }
             _ => {}
         }
@@ -355,6 +358,15 @@ mod tests {
         assert_eq!(judged("shop/store.py:Store.load until the driver is replaced").failed(), 1);
         assert_eq!(judged("tore.py:41 another file").failed(), 3);
         assert_eq!(judged("store.py:42 another line").failed(), 3);
+    }
+
+    #[test]
+    fn time_without_a_cpu_makes_no_run_fail() {
+        let mut gate = gate("");
+        let mut block = example::block();
+        block.split = Split { on_cpu_ns: 2_345_678, run_queue_ns: 50_000_000, ..Split::default() };
+        gate.update(&Update::Block(block)).unwrap();
+        assert_eq!((gate.failed(), gate.findings.len()), (0, 1));
     }
 
     #[test]

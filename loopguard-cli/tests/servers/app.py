@@ -54,6 +54,20 @@ async def fine(item: str) -> str:
     return item
 
 
+@app.get("/wait/{ms}")
+async def wait(ms: int) -> str:
+    await asyncio.sleep(ms / 1000)
+    return "done"
+
+
+@app.get("/block/cuts/{ms}")
+async def block_cuts(ms: int) -> str:
+    for _ in range(20):
+        time.sleep(ms / 1000)  # line: block_cuts
+        await asyncio.sleep(0)
+    return "done"
+
+
 @app.get("/block/sleep/{ms}")
 async def block_sleep(ms: int) -> str:
     time.sleep(ms / 1000)  # line: block_sleep
