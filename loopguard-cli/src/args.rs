@@ -479,7 +479,7 @@ mod tests {
 
         Continuous integration:
               --fail-on-blocking[=<TIME>]
-                  Exit with 1 when a block was found that is not allowed; with a time: one at least that long
+                  Exit with 1 when a block was found that is not allowed; with a time: one at least that long. Time for which there was no CPU does not count
 
               --allow <FILE>
                   File of lines that may block, each with a reason: `app/store.py:41 until the driver is replaced`
