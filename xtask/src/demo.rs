@@ -18,9 +18,11 @@ use crate::step::{self, say};
 
 const APP: &str = "examples/fastapi_blocking";
 const TRACE: &str = "15s";
+/// To look around in; `q` ends it before.
+const TRACE_ON_SCREEN: &str = "60s";
 const THRESHOLD: &str = "20ms";
 /// The load stops by itself some time after the trace, even if nobody stops it.
-const LOAD_SECONDS: &str = "60";
+const LOAD_SECONDS: &str = "75";
 const SERVER_START: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(50);
 
@@ -33,21 +35,37 @@ pub enum Screen {
 
 pub fn run(screen: Screen) -> Result<()> {
     let privilege = Privilege::of_this_user()?;
-    let workspace = Workspace::locate()?;
-    setup::run(&workspace)?;
-    let loopguard = build_loopguard(&workspace)?;
-    let folder = workspace.target.join("demo");
-    fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
-    let venv = prepare_venv(&workspace, folder.join("venv"))?;
-
-    companion::outlive_interrupts();
-    let ports = Ports::free()?;
-    let server = start_server(&workspace, &venv, &ports, &folder.join("server.log"))?;
-    let _load = start_load(&workspace, &venv, &ports, &folder.join("load.log"))?;
-    let pid = server.pid();
-    attach(&loopguard, privilege, pid, screen)?;
-    say_what_next(&loopguard, &venv, privilege);
+    let shop = Shop::open(&Workspace::locate()?)?;
+    attach(&shop.loopguard, privilege, shop.pid(), screen)?;
+    say_what_next(&shop.loopguard, &shop.venv, privilege);
     Ok(())
+}
+
+/// The demo's server with load on it, and what is to watch it.
+pub struct Shop {
+    pub loopguard: PathBuf,
+    venv: Venv,
+    server: Companion,
+    _load: Companion,
+}
+
+impl Shop {
+    pub fn open(workspace: &Workspace) -> Result<Self> {
+        setup::run(workspace)?;
+        let loopguard = build_loopguard(workspace)?;
+        let folder = workspace.target.join("demo");
+        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        let venv = prepare_venv(workspace, folder.join("venv"))?;
+        companion::outlive_interrupts();
+        let ports = Ports::free()?;
+        let server = start_server(workspace, &venv, &ports, &folder.join("server.log"))?;
+        let load = start_load(workspace, &venv, &ports, &folder.join("load.log"))?;
+        Ok(Self { loopguard, venv, server, _load: load })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.server.pid()
+    }
 }
 
 /// How loopguard gets the right to load kernel programs.
@@ -125,8 +143,11 @@ fn listen() -> Result<TcpListener> {
 }
 
 fn start_server(workspace: &Workspace, venv: &Venv, ports: &Ports, log: &Path) -> Result<Companion> {
-    let mut uvicorn = Command::new(venv.python());
+    // The command line is on the screen: without where this checkout is.
+    let python = venv.python();
+    let mut uvicorn = Command::new(python.strip_prefix(&workspace.root).unwrap_or(&python));
     uvicorn
+        .current_dir(&workspace.root)
         .args(["-m", "uvicorn", "app:app", "--log-level=warning", "--host=127.0.0.1"])
         .arg(format!("--port={}", ports.server))
         .arg("--app-dir")
@@ -164,12 +185,15 @@ fn to_log<'a>(command: &'a mut Command, log: &Path) -> Result<&'a mut Command> {
 
 /// In the foreground: the report is the demo.
 fn attach(loopguard: &Path, privilege: Privilege, pid: u32, screen: Screen) -> Result<()> {
-    let format = match screen {
-        Screen::Text => "text",
-        Screen::Tui => "tui",
+    let (format, duration) = match screen {
+        Screen::Text => ("text", TRACE),
+        Screen::Tui => ("tui", TRACE_ON_SCREEN),
     };
+    if screen == Screen::Tui {
+        say("in the live view: arrows and Enter lead from a route to its stack, ? shows the keys, q leaves");
+    }
     let arguments =
-        ["attach", "--pid", &pid.to_string(), "--duration", TRACE, "--threshold", THRESHOLD, "--format", format];
+        ["attach", "--pid", &pid.to_string(), "--duration", duration, "--threshold", THRESHOLD, "--format", format];
     say(&format!("loopguard {}\n", arguments.join(" ")));
     let mut command = privilege.command(loopguard);
     let status = companion::ends_with_us(command.args(arguments)).status().context("run loopguard")?;

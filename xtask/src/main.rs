@@ -1,8 +1,9 @@
-//! The project's chores: `cargo xtask setup | build-ebpf | demo | test | bench | lint-python`.
+//! The project's chores: `cargo xtask setup | build-ebpf | demo | picture | test | bench | lint-python`.
 
 mod bench;
 mod companion;
 mod demo;
+mod picture;
 mod prometheus;
 mod pythons;
 mod setup;
@@ -26,6 +27,7 @@ usage: cargo xtask COMMAND
   setup                        find or install what the build, the demo and the tests need
   build-ebpf                   build the kernel programs and print where the object is
   demo [--tui]                 block a demo server on purpose and let loopguard say who did it
+  picture                      watch the demo's server and draw the README's picture of the live view
   test [--all-pythons] [-- CARGO-TEST-ARGUMENTS]
                                all tests; as root those in the real kernel too;
                                --all-pythons: also Debian's newest interpreters, in a chroot
@@ -59,6 +61,7 @@ fn run() -> Result<()> {
         }
         ["demo"] => demo::run(Screen::Text),
         ["demo", "--tui"] => demo::run(Screen::Tui),
+        ["picture"] => picture::run(),
         ["test"] => suite::run(Pythons::Host, &[]),
         ["test", "--all-pythons"] => suite::run(Pythons::HostAndSid, &[]),
         ["test", "--python"] => suite::python(),
