@@ -2,6 +2,7 @@
 
 mod bench;
 mod companion;
+mod conformance;
 mod demo;
 mod picture;
 mod prometheus;
@@ -32,6 +33,7 @@ usage: cargo xtask COMMAND
                                all tests; as root those in the real kernel too;
                                --all-pythons: also Debian's newest interpreters, in a chroot
   test --python                only those of the Python package
+  test --asgi-conformance      Starlette's and FastAPI's own test suites, without the package's middleware and with it
   bench accuracy|overhead|kernel [--json FILE], bench --compare OLD.json NEW.json
                                measure, as root, and compare with what was measured before
   lint-python                  ruff over the Python files";
@@ -65,6 +67,7 @@ fn run() -> Result<()> {
         ["test"] => suite::run(Pythons::Host, &[]),
         ["test", "--all-pythons"] => suite::run(Pythons::HostAndSid, &[]),
         ["test", "--python"] => suite::python(),
+        ["test", "--asgi-conformance"] => conformance::run(),
         ["test", "--", rest @ ..] => suite::run(Pythons::Host, rest),
         ["test", "--all-pythons", "--", rest @ ..] => suite::run(Pythons::HostAndSid, rest),
         ["bench", rest @ ..] => bench::run(rest),
