@@ -154,6 +154,16 @@ impl Live {
         }
     }
 
+    /// Where a thread stands that went to sleep between the look at it and the moment it was watched, which no program
+    /// of ours saw.
+    fn fell_asleep(&self, (pid, tid): (u32, Tid), standing: Standing) -> Option<Standing> {
+        let Standing::InTick { now_ns, waits_in: None } = standing else { return None };
+        let (number, arg0) = process::current_syscall(pid, tid).filter(|(number, _)| *number >= 0)?;
+        let clock = self.kernel.clock(tid)?;
+        let is_unseen = clock.step_start_ns == now_ns && !clock.is_waiting() && !syscall::is_epoll(number);
+        is_unseen.then_some(Standing::InTick { now_ns, waits_in: Some((number as i32, arg0)) })
+    }
+
     /// The interpreter's thread state of a thread, and its frames now.
     fn python_stack(&mut self, pid: u32, tid: Tid) -> Option<(PyThreadInfo, Stack)> {
         let python = self.targets.get_mut(&pid)?.python.as_mut()?;
@@ -184,7 +194,15 @@ impl Live {
             gil,
             ..LoopThread::default()
         };
-        let slot = match self.kernel.watch_thread(thread, standing) {
+        let watched =
+            self.kernel.watch_thread(thread, standing).and_then(|slot| match self.fell_asleep((pid, tid), standing) {
+                Some(standing) => {
+                    self.kernel.unwatch_thread(tid);
+                    self.kernel.watch_thread(thread, standing)
+                }
+                None => Ok(slot),
+            });
+        let slot = match watched {
             Ok(slot) => slot,
             Err(error) => {
                 // The thread ended meanwhile; if its process did too, that is seen soon.
