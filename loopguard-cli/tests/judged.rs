@@ -158,10 +158,11 @@ fn the_first_tick_of_a_command_is_seen() {
             .map(|line| serde_json::from_str::<Value>(line).unwrap())
             .filter(|line| line["type"] == "block")
             .collect();
-        assert_eq!(blocks.len(), 1, "{lines}");
-        // All of it: the tick began with the loop's first look at what is ready.
-        assert!(blocks[0]["duration_ms"].as_f64().unwrap() >= 399.0, "{lines}");
-        assert!(line_of(&blocks[0], "main").is_some(), "{lines}");
+        // All of it: the tick began with the loop's first look at what is ready. Where the last capture came too late to
+        // tell its owner, the end of the tick is told apart.
+        let total_ms: f64 = blocks.iter().map(|block| block["duration_ms"].as_f64().unwrap()).sum();
+        assert!(total_ms >= 399.0, "{lines}");
+        assert!(blocks.iter().any(|block| line_of(block, "main").is_some()), "{lines}");
     }
 }
 
