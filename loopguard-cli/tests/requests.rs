@@ -15,7 +15,7 @@ use std::{
 };
 
 use serde_json::Value;
-use support::{Events, PATIENCE, Watching, alone, can_trace, request};
+use support::{Events, PATIENCE, Watching, alone, can_trace, pythons, request};
 
 /// Long enough that nothing a healthy server does comes near it, on any machine.
 const BLOCK_MS: u32 = 300;
@@ -333,6 +333,37 @@ fn probes_of_others_and_broken_notes_are_no_requests() {
         drop(serving);
         fs::remove_file(server).unwrap();
     }
+}
+
+#[test]
+fn probes_that_are_loaded_late_are_found() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next_back() else { return };
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/late_probes.py");
+    let mut child = Command::new(python).arg(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut input, mut output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    let watching = Watching::start(child.id(), &["--threshold", THRESHOLD]);
+    assert!(!watching.messages().contains("tells of its requests"), "{}", watching.messages());
+    input.write_all(b"load\n").unwrap();
+    let started = Instant::now();
+    while !watching.messages().contains("tells of its requests") {
+        assert!(started.elapsed() < PATIENCE, "the probes stay unseen: {}", watching.messages());
+        thread::sleep(Duration::from_millis(20));
+    }
+    input.write_all(b"run\n").unwrap();
+    output.read_line(&mut line).unwrap();
+    let events = watching.stop();
+    drop(input);
+    support::wait(&mut child);
+    let records = records(&events);
+    assert_eq!(records.keys().collect::<Vec<_>>(), ["late"], "{line}");
+    assert_eq!((&records["late"][0]["path"], &records["late"][0]["status"]), (&"/late".into(), &200.into()));
+    assert_eq!(records["late"][0]["complete"], true);
 }
 
 #[test]

@@ -228,6 +228,7 @@ impl Live {
             }
         }
         self.requests.counts.are_told = true;
+        self.notices.push(format!("process {pid} tells of its requests"));
         self.mark_workers(pid);
     }
 
