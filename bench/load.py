@@ -100,6 +100,7 @@ async def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--profile", choices=PROFILES, default="realistic")
     parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--clients", type=int, default=CLIENTS)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--warm-up", action="store_true", help="send one request of each kind and end")
     arguments = parser.parse_args()
@@ -109,7 +110,7 @@ async def main() -> None:
     async with aiohttp.ClientSession(
         f"http://127.0.0.1:{arguments.port}",
         timeout=aiohttp.ClientTimeout(total=30),
-        connector=aiohttp.TCPConnector(limit=CLIENTS),
+        connector=aiohttp.TCPConnector(limit=arguments.clients),
     ) as session:
         if arguments.warm_up:
             await warm_up(session)
@@ -126,7 +127,7 @@ async def main() -> None:
                 else:
                     failed += 1
 
-        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+        await asyncio.gather(*(client() for _ in range(arguments.clients)))
     elapsed = time.monotonic() - started
     print(json.dumps({"answered": answered, "failed": failed, "requests_per_second": round(answered / elapsed, 1)}))
 
