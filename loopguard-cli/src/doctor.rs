@@ -15,7 +15,11 @@ use crate::{
         tokio::{self, Tokio},
     },
     sink::escape::{plain, printable},
-    source::{btf, kernel, process, target},
+    source::{
+        btf,
+        features::{Features, Need},
+        kernel, process, target,
+    },
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,7 +63,7 @@ pub fn run(arguments: &args::Doctor) -> Result<bool> {
             Level::Limited => "limited",
             Level::Broken => "MISSING",
         };
-        writeln!(out, "{mark}  {about:<12} {}", printable(text))?;
+        writeln!(out, "{mark}  {about:<14} {}", printable(text))?;
     }
     Ok(findings.0.iter().all(|finding| finding.level < Level::Broken))
 }
@@ -67,24 +71,16 @@ pub fn run(arguments: &args::Doctor) -> Result<bool> {
 fn look_at_machine(findings: &mut Findings) {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let release = release.trim();
-    let mut numbers = release.split(|char: char| !char.is_ascii_digit()).map(|part| part.parse::<u32>().unwrap_or(0));
-    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if version >= (5, 18) {
-        findings.add(Level::Fine, "kernel", format!("Linux {release}"));
-    } else {
-        findings.add(Level::Broken, "kernel", format!("Linux {release}: 5.18 or newer is needed"));
-    }
+    findings.add(Level::Fine, "kernel", format!("Linux {release}"));
     if !cfg!(target_arch = "x86_64") {
         findings.add(Level::Broken, "processor", "the kernel programs read x86_64 registers only, so far");
     }
-    match btf::read_vmlinux().map(|btf| btf::field_offset(&btf, "task_struct", "pid")) {
-        Ok(Some(_)) => findings.add(Level::Fine, "BTF", format!("the kernel describes its types ({})", btf::VMLINUX)),
-        Ok(None) => findings.add(Level::Broken, "BTF", format!("{} has no task_struct", btf::VMLINUX)),
-        Err(_) => findings.add(
-            Level::Broken,
-            "BTF",
-            format!("{} is not there: a kernel built with CONFIG_DEBUG_INFO_BTF=y is needed", btf::VMLINUX),
-        ),
+    match Features::of_this_kernel() {
+        Ok(features) => {
+            findings.add(Level::Fine, "BTF", format!("the kernel describes its types ({})", btf::VMLINUX));
+            look_at_features(&features, findings);
+        }
+        Err(error) => findings.add(Level::Broken, "BTF", format!("{error:#}")),
     }
     if Path::new(kernel::TRACEFS).join("events").exists() {
         findings.add(Level::Fine, "tracefs", format!("mounted at {}", kernel::TRACEFS));
@@ -113,8 +109,23 @@ fn look_at_machine(findings: &mut Findings) {
         return;
     }
     match kernel::try_load() {
-        Ok(()) => findings.add(Level::Fine, "programs", "the kernel accepts all of loopguard's programs"),
+        Ok(most) => {
+            let most = most.map_or(String::new(), |(name, verified)| {
+                format!(" (its verifier looked at up to {verified} instructions, in {name})")
+            });
+            findings.add(Level::Fine, "programs", format!("the kernel accepts all of loopguard's programs{most}"));
+        }
         Err(error) => findings.add(Level::Broken, "programs", plain(&first_line(&format!("{error:#}")))),
+    }
+}
+
+fn look_at_features(features: &Features, findings: &mut Findings) {
+    for finding in features.findings() {
+        match finding.answer {
+            Ok(text) => findings.add(Level::Fine, finding.name, text),
+            Err((Need::Fallback, text)) => findings.add(Level::Limited, finding.name, text),
+            Err((Need::Required, text)) => findings.add(Level::Broken, finding.name, text),
+        }
     }
 }
 

@@ -1,9 +1,13 @@
 //! Captures what a loop thread is doing: registers, interpreter frames and the request in them.
 
+use core::mem::{MaybeUninit, offset_of};
+
 use aya_ebpf::{
     bindings::pt_regs,
-    helpers::generated::{bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_probe_read_user, bpf_task_pt_regs},
-    helpers::{bpf_get_current_pid_tgid, bpf_probe_read_kernel},
+    helpers::bpf_get_current_pid_tgid,
+    helpers::generated::{
+        bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_probe_read_user, bpf_task_pt_regs,
+    },
     macros::perf_event,
     programs::PerfEventContext,
 };
@@ -17,7 +21,7 @@ use loopguard_common::{
 };
 
 use crate::{
-    maps::{CaptureBuffer, LAYOUTS, Watched, capture_buffer, watched},
+    maps::{LAYOUTS, at_slot, capture_buffer, watched},
     send, stack,
 };
 
@@ -32,45 +36,56 @@ impl Memory for OwnMemory {
     }
 }
 
-/// Where a thread left user space.
+/// How a thread left user space: adjacent words of its `pt_regs`.
+#[repr(C)]
 #[derive(Clone, Copy)]
-pub struct UserRegisters {
-    saved: Option<pt_regs>,
-    /// The system call it is in, else [`SYSCALL_NONE`].
-    pub syscall: i32,
+struct Entry {
+    rdi: u64,
+    orig_rax: u64,
+}
+
+const _: () = assert!(offset_of!(pt_regs, orig_rax) == offset_of!(pt_regs, rdi) + offset_of!(Entry, orig_rax));
+
+/// The system call a thread is in.
+#[derive(Clone, Copy)]
+pub struct InSyscall {
+    /// [`SYSCALL_NONE`]: in none.
+    pub number: i32,
     pub arg0: u64,
 }
 
-/// The registers with which the current task entered the kernel.
+/// The system call that the current task is in.
 #[inline(always)]
-pub fn user_registers() -> UserRegisters {
+pub fn current_syscall() -> InSyscall {
+    let mut entry = Entry { rdi: 0, orig_rax: 0 };
     // SAFETY: the current task exists; its saved registers are read through a helper that checks.
-    let saved = unsafe { bpf_probe_read_kernel(bpf_task_pt_regs(bpf_get_current_task_btf()) as *const pt_regs) };
-    match saved {
-        // x86: `orig_ax` is the number of the system call, or negative for an exception or interrupt.
-        Ok(saved) => UserRegisters {
-            saved: Some(saved),
-            syscall: if (saved.orig_rax as i64) < 0 { SYSCALL_NONE } else { saved.orig_rax as i32 },
-            arg0: saved.rdi,
-        },
-        Err(_) => UserRegisters { saved: None, syscall: SYSCALL_NONE, arg0: 0 },
+    let unreadable = unsafe {
+        let saved = bpf_task_pt_regs(bpf_get_current_task_btf()) as *const u8;
+        let from = saved.add(offset_of!(pt_regs, rdi));
+        bpf_probe_read_kernel((&raw mut entry).cast(), size_of::<Entry>() as u32, from.cast()) != 0
+    };
+    // x86: `orig_ax` is the number of the system call, or negative for an exception or interrupt.
+    if unreadable || (entry.orig_rax as i64) < 0 {
+        return InSyscall { number: SYSCALL_NONE, arg0: 0 };
     }
+    InSyscall { number: entry.orig_rax as i32, arg0: entry.rdi }
 }
 
-impl UserRegisters {
-    /// By DWARF number; all zero when they could not be read.
-    #[inline(always)]
-    pub fn write(&self, to: &mut [u64; REGISTERS]) {
-        match &self.saved {
-            Some(saved) => {
-                *to = [
-                    saved.rax, saved.rdx, saved.rcx, saved.rbx, saved.rsi, saved.rdi, saved.rbp, saved.rsp, saved.r8,
-                    saved.r9, saved.r10, saved.r11, saved.r12, saved.r13, saved.r14, saved.r15, saved.rip,
-                ];
-            }
-            None => *to = [0; REGISTERS],
-        }
-    }
+/// The registers with which the current task entered the kernel, by DWARF number; all zero when they cannot be read.
+#[inline(always)]
+fn write_registers(to: &mut [u64; REGISTERS]) {
+    let mut saved = MaybeUninit::<pt_regs>::uninit();
+    // SAFETY: as above. The helper fills all of it, with zeroes when it cannot read: a value that is there on one way
+    // only would not do, since verifiers before Linux 6.3 refuse programs that carry it along.
+    let saved = unsafe {
+        let from = bpf_task_pt_regs(bpf_get_current_task_btf()) as *const _;
+        bpf_probe_read_kernel(saved.as_mut_ptr().cast(), size_of::<pt_regs>() as u32, from);
+        saved.assume_init()
+    };
+    *to = [
+        saved.rax, saved.rdx, saved.rcx, saved.rbx, saved.rsi, saved.rdi, saved.rbp, saved.rsp, saved.r8, saved.r9,
+        saved.r10, saved.r11, saved.r12, saved.r13, saved.r14, saved.r15, saved.rip,
+    ];
 }
 
 #[inline(always)]
@@ -87,9 +102,15 @@ pub fn pace(thread: &LoopThread, clock: &LoopClock, now: u64) -> CapturePace {
     }
 }
 
-/// Captures the current thread, which is `target`, into its buffer. The cause and the registers are there already.
-#[inline(always)]
-pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
+/// Captures the current thread, whose slot this is, into its buffer. The cause is there already.
+///
+/// A global function: the verifier looks at it by itself, once, and not again for every way that leads to it. What it
+/// has to look at is a sum then, where it would be a product; it gives up at a million instructions.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn capture_take(slot: u32, now: u64) -> u32 {
+    let Some(target) = at_slot(slot, bpf_get_current_pid_tgid() as u32) else { return 0 };
+    let Some(buffer) = capture_buffer(slot) else { return 0 };
     let (record, scratch) = (&mut buffer.record, &mut buffer.scratch);
     let id = bpf_get_current_pid_tgid();
     // The same scope in the same step is the same request: what was copied of it still holds.
@@ -101,6 +122,7 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
         scratch.known_scope = 0;
     }
     record.header = RecordHeader { kind: RecordKind::Capture as u32, tgid: (id >> 32) as u32, tid: id as u32, _pad: 0 };
+    write_registers(&mut record.registers);
     record.at_ns = now;
     record.until_ns = now;
     record.step_seq = target.clock.step_seq;
@@ -120,23 +142,29 @@ pub fn take(target: &Watched, now: u64, buffer: &mut CaptureBuffer) {
     } else {
         record.request.scope = 0;
     }
+    0
 }
 
-/// Copies what says whom a futex is waited for: the GIL's holder, or the owner of a mutex.
-#[inline(always)]
-pub fn take_futex(target: &Watched, address: u64, is_gil: bool, buffer: &mut CaptureBuffer) {
+/// Copies what says whom a futex is waited for: the GIL's holder (`is_gil` not 0), or the owner of a mutex. A global
+/// function too.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn capture_futex(slot: u32, address: u64, is_gil: u32) -> u32 {
+    let Some(target) = at_slot(slot, bpf_get_current_pid_tgid() as u32) else { return 0 };
+    let Some(buffer) = capture_buffer(slot) else { return 0 };
     buffer.record.holder.native_thread_id = 0;
-    if !is_gil {
+    if is_gil == 0 {
         if !OwnMemory.read(address, &mut buffer.record.futex) {
             buffer.record.futex = [0; FUTEX_WORDS];
         }
-        return;
+        return 0;
     }
     // SAFETY: written before the thread is watched, then only replaced whole.
     if let Some(layout) = unsafe { LAYOUTS.get(target.thread.tgid) } {
         let gil = target.thread.gil[0].start;
         walk_holder(&OwnMemory, layout, gil, &mut buffer.scratch, &mut buffer.record.holder);
     }
+    0
 }
 
 /// The sampling clock of one loop thread ticked while the thread was on the CPU.
@@ -147,17 +175,16 @@ pub fn on_sample(_ctx: PerfEventContext) -> u32 {
         // SAFETY: a helper without conditions.
         let now = unsafe { bpf_ktime_get_ns() };
         if target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
-            let registers = user_registers();
             if let Some(buffer) = capture_buffer(target.slot) {
                 buffer.record.cause = CaptureCause::Sample as u32;
                 buffer.record.syscall = SYSCALL_NONE;
                 buffer.record.arg0 = 0;
-                registers.write(&mut buffer.record.registers);
-                take(&target, now, buffer);
+                capture_take(target.slot, now);
                 buffer.record.off_cpu = target.clock.off_cpu();
                 target.clock.last_capture_ns = now;
-                buffer.record.stack_pages = stack::copy(target.slot, tid, now, buffer.record.registers[REGISTER_SP]);
-                stack::send(target.slot, buffer.record.stack_pages);
+                buffer.record.stack_pages =
+                    stack::stack_copy(target.slot, tid, now, buffer.record.registers[REGISTER_SP]);
+                stack::stack_send(target.slot, buffer.record.stack_pages);
                 send::capture(&buffer.record);
             }
         }

@@ -10,7 +10,7 @@ use loopguard_common::{
 };
 
 use crate::{
-    capture::{self, pace, user_registers},
+    capture::{self, current_syscall, pace},
     maps::{Watched, capture_buffer, watched},
     request, send, stack,
 };
@@ -18,9 +18,15 @@ use crate::{
 /// Offset of `pid` in the kernel's `struct task_struct`, set at load from its BTF.
 #[unsafe(no_mangle)]
 static TASK_PID_OFFSET: u32 = 0;
+/// Offset of the state in it, likewise; only used where `sched_switch` does not pass the state.
+#[unsafe(no_mangle)]
+static TASK_STATE_OFFSET: u32 = 0;
 /// Number of the `futex` system call, set at load.
 #[unsafe(no_mangle)]
 static FUTEX_SYSCALL: i32 = 0;
+
+/// include/linux/sched.h
+const TASK_RUNNING: u32 = 0;
 
 /// Whether this is `epoll_wait` or one of its variants (asm/unistd_64.h).
 #[inline(always)]
@@ -35,15 +41,40 @@ fn tid_of(task: *const u8) -> u32 {
     unsafe { *task.add(core::ptr::read_volatile(&raw const TASK_PID_OFFSET) as usize).cast::<u32>() }
 }
 
+#[inline(always)]
+fn state_of(task: *const u8) -> u32 {
+    // SAFETY: as above.
+    unsafe { *task.add(core::ptr::read_volatile(&raw const TASK_STATE_OFFSET) as usize).cast::<u32>() }
+}
+
 /// `sched_switch(bool preempt, struct task_struct *prev, struct task_struct *next, unsigned int prev_state)`; the
-/// current task is still `prev`, so its memory can be read.
+/// current task is still `prev`, so its memory can be read. Which of the three forms a kernel has is in its BTF.
 #[btf_tracepoint(function = "sched_switch")]
 pub fn on_sched_switch(ctx: BtfTracePointContext) -> i32 {
+    switched(ctx.arg::<*const u8>(2), || ctx.arg::<u64>(0) as u8 != 0 || ctx.arg::<u64>(3) as u32 == TASK_RUNNING)
+}
+
+/// The form of the first releases of Linux 5.18.
+#[btf_tracepoint(function = "sched_switch")]
+pub fn on_sched_switch_state_second(ctx: BtfTracePointContext) -> i32 {
+    switched(ctx.arg::<*const u8>(3), || ctx.arg::<u64>(0) as u8 != 0 || ctx.arg::<u64>(1) as u32 == TASK_RUNNING)
+}
+
+/// The form before Linux 5.18: the state is still in the task, unless another processor wakes the task at this very
+/// moment and has set it to "waking", which is not "running" either.
+#[btf_tracepoint(function = "sched_switch")]
+pub fn on_sched_switch_state_in_task(ctx: BtfTracePointContext) -> i32 {
+    switched(ctx.arg::<*const u8>(2), || {
+        ctx.arg::<u64>(0) as u8 != 0 || state_of(ctx.arg::<*const u8>(1)) == TASK_RUNNING
+    })
+}
+
+#[inline(always)]
+fn switched(next: *const u8, is_preempted: impl Fn() -> bool) -> i32 {
     if let Some(target) = watched(bpf_get_current_pid_tgid() as u32) {
-        let preempted = ctx.arg::<u64>(0) as u8 != 0 || ctx.arg::<u64>(3) as u32 == 0;
-        switched_out(target, preempted);
+        switched_out(target, is_preempted());
     }
-    if let Some(target) = watched(tid_of(ctx.arg::<*const u8>(2))) {
+    if let Some(target) = watched(tid_of(next)) {
         switched_in(target);
     }
     0
@@ -57,9 +88,9 @@ fn switched_out(mut target: Watched, preempted: bool) {
         target.clock.switch_out(now, SwitchOut::Preempted);
         return;
     }
-    let registers = user_registers();
-    let polls = registers.arg0 as i32 == target.thread.epoll_fd && is_epoll(registers.syscall);
-    if polls || is_parked(&target, registers.syscall) {
+    let call = current_syscall();
+    let polls = call.arg0 as i32 == target.thread.epoll_fd && is_epoll(call.number);
+    if polls || is_parked(&target, call.number) {
         // The poll's tracepoint ended the tick already, unless it was passed over: the kernel skips a program when
         // another one, or a map operation of ours, is in the middle of its work on this processor.
         if target.clock.in_tick() {
@@ -73,22 +104,21 @@ fn switched_out(mut target: Watched, preempted: bool) {
     }
     target.clock.seen_running(now);
     let Some(buffer) = capture_buffer(target.slot) else { return };
-    let futex = registers.syscall == futex_syscall();
-    let gil = futex && (target.thread.gil[0].contains(registers.arg0) || target.thread.gil[1].contains(registers.arg0));
-    target.clock.switch_out(now, SwitchOut::Waits { syscall: registers.syscall, arg0: registers.arg0, gil });
+    let futex = call.number == futex_syscall();
+    let gil = futex && (target.thread.gil[0].contains(call.arg0) || target.thread.gil[1].contains(call.arg0));
+    target.clock.switch_out(now, SwitchOut::Waits { syscall: call.number, arg0: call.arg0, gil });
     buffer.record.cause = CaptureCause::Wait as u32;
-    buffer.record.syscall = registers.syscall;
-    buffer.record.arg0 = registers.arg0;
-    registers.write(&mut buffer.record.registers);
-    capture::take(&target, now, buffer);
+    buffer.record.syscall = call.number;
+    buffer.record.arg0 = call.arg0;
+    capture::capture_take(target.slot, now);
     if futex {
-        capture::take_futex(&target, registers.arg0, gil, buffer);
+        capture::capture_futex(target.slot, call.arg0, u32::from(gil));
     }
     buffer.record.stack_pages = 0;
     // In an old step the wait need not be long to be worth a capture.
     if target.clock.stack_due(now) || target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
         buffer.record.stack_pages =
-            stack::copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
+            stack::stack_copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
     }
     target.clock.capture_pending = 1;
 }
@@ -120,7 +150,7 @@ fn switched_in(target: Watched) {
         buffer.record.until_ns = now;
         buffer.record.off_cpu = target.clock.off_cpu();
         target.clock.last_capture_ns = now;
-        stack::send(target.slot, buffer.record.stack_pages);
+        stack::stack_send(target.slot, buffer.record.stack_pages);
         send::capture(&buffer.record);
     }
 }

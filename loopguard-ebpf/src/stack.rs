@@ -23,8 +23,11 @@ fn limit() -> u32 {
 
 /// Copies the current thread's stack from the page of `sp` on, up to the first page that is not there. Returns how many
 /// pages that were.
+///
+/// A global function, like [`capture_take`](crate::capture::capture_take) and for the same reason.
 #[inline(never)]
-pub fn copy(slot: u32, tid: u32, at_ns: u64, sp: u64) -> u32 {
+#[unsafe(no_mangle)]
+pub extern "C" fn stack_copy(slot: u32, tid: u32, at_ns: u64, sp: u64) -> u32 {
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
     let first = sp & !(STACK_PAGE as u64 - 1);
     let limit = limit();
@@ -50,9 +53,11 @@ pub fn copy(slot: u32, tid: u32, at_ns: u64, sp: u64) -> u32 {
     copied
 }
 
-/// Sends the first `pages` that [`copy`] left.
+/// Sends the first `pages` that [`stack_copy`] left.
+/// Global too.
 #[inline(never)]
-pub fn send(slot: u32, pages: u32) -> u32 {
+#[unsafe(no_mangle)]
+pub extern "C" fn stack_send(slot: u32, pages: u32) -> u32 {
     let limit = limit();
     for i in 0..MAX_STACK_PAGES as u32 {
         if i >= pages || i >= limit {

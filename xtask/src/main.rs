@@ -1,14 +1,16 @@
-//! The project's chores: `cargo xtask setup | build-ebpf | demo | picture | test | bench | lint-python`.
+//! The project's chores: `cargo xtask setup | build-ebpf | demo | picture | test | bench | soak | lint-python`.
 
 mod bench;
 mod companion;
 mod conformance;
 mod demo;
+mod kernels;
 mod picture;
 mod prometheus;
 mod pythons;
 mod setup;
 mod sid;
+mod soak;
 mod step;
 mod suite;
 mod wheel;
@@ -34,8 +36,11 @@ usage: cargo xtask COMMAND
                                --all-pythons: also Debian's newest interpreters, in a chroot
   test --python                only those of the Python package
   test --asgi-conformance      Starlette's and FastAPI's own test suites, without the package's middleware and with it
+  test --kernels [NAME...]     have loopguard watch a server on other kernels, from 5.10 to the newest, under QEMU
   bench accuracy|overhead|kernel [--json FILE], bench --compare OLD.json NEW.json
                                measure, as root, and compare with what was measured before
+  soak --hours N [--json FILE] [--markdown FILE]
+                               watch one server for hours, as root, and report memory and losses
   lint-python                  ruff over the Python files";
 
 fn main() -> ExitCode {
@@ -70,7 +75,9 @@ fn run() -> Result<()> {
         ["test", "--asgi-conformance"] => conformance::run(),
         ["test", "--", rest @ ..] => suite::run(Pythons::Host, rest),
         ["test", "--all-pythons", "--", rest @ ..] => suite::run(Pythons::HostAndSid, rest),
+        ["test", "--kernels", rest @ ..] => kernels::run(rest),
         ["bench", rest @ ..] => bench::run(rest),
+        ["soak", rest @ ..] => soak::run(rest),
         ["lint-python"] => suite::lint_python(),
         [] | ["help" | "--help" | "-h"] => {
             println!("{USAGE}");

@@ -35,6 +35,22 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
+/// What `cargo xtask test --kernels` needs besides.
+pub fn for_kernels(workspace: &Workspace) -> Result<()> {
+    const NEEDED: [(&str, &str); 4] = [
+        ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
+        ("/usr/bin/cpio", "cpio"),
+        ("/usr/share/doc/busybox-static", "busybox-static"),
+        ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
+    ];
+    let missing: Vec<&str> =
+        NEEDED.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Apt::new(workspace).context("kernels come from Debian's archive, through apt")?.install(&missing)
+}
+
 /// The terminal in which the tests drive the live view; they say so themselves where it is missing.
 pub fn terminal_for_tests(workspace: &Workspace) {
     const NEEDED: &str = "the tests of the live view need tmux";

@@ -11,7 +11,7 @@ use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData, PerCpuArray, RingBuf},
     programs::{
-        BtfTracePoint, PerfEvent, Program, TracePoint, UProbe,
+        BtfTracePoint, PerfEvent, Program, ProgramError, TracePoint, UProbe,
         perf_event::{PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
         uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLinkId, UProbeScope},
     },
@@ -25,7 +25,7 @@ use loopguard_common::{
     short::ShortPace,
 };
 
-use super::btf;
+use super::features::{Features, SwitchShape};
 use crate::{
     core::event::Tid,
     runtime::{cpython::StepProbe, probe_site::ProbeSite, usdt::RequestProbe},
@@ -171,17 +171,18 @@ impl Kernel {
             bail!("this loopguard was built without its kernel programs; build it again after `cargo xtask setup`");
         }
         private_tracefs().context("tracepoints need tracefs at /sys/kernel/tracing")?;
-        let vmlinux = btf::read_vmlinux().with_context(|| {
-            format!("the kernel's type information is missing ({}): it needs CONFIG_DEBUG_INFO_BTF=y", btf::VMLINUX)
-        })?;
-        let task_pid_offset =
-            btf::field_offset(&vmlinux, "task_struct", "pid").context("the kernel's BTF has no task_struct.pid")?;
-        let btf = Btf::parse(&vmlinux, aya::Endianness::default()).context("read the kernel's BTF")?;
+        let features = Features::of_this_kernel()?;
+        features.check()?;
+        let task_pid_offset = features.task_pid.context("the kernel's BTF has no task_struct.pid")?;
+        let switch = features.switch.context("the kernel's BTF has no sched_switch")?;
+        let task_state_offset = if let SwitchShape::StateInTask(offset) = switch { offset } else { 0 };
+        let btf = Btf::from_sys_fs().context("read the kernel's BTF")?;
         // `log::Level` as a number; nothing is below 1.
         let log_level: &u8 = if talk == Talk::Debug { &4 } else { &0 };
         let mut bpf = EbpfLoader::new()
             .btf(Some(&btf))
             .override_global("TASK_PID_OFFSET", &task_pid_offset, true)
+            .override_global("TASK_STATE_OFFSET", &task_state_offset, true)
             .override_global("AYA_LOG_LEVEL", log_level, false)
             .override_global("STACK_PAGE_LIMIT", &pace.stack_pages, true)
             .override_global("FUTEX_SYSCALL", &(libc::SYS_futex as i32), true)
@@ -217,17 +218,17 @@ impl Kernel {
             step_probes: StdHashMap::new(),
             bpf,
         };
-        kernel.attach_everywhere(&btf)?;
+        kernel.attach_everywhere(&btf, switch).map_err(explain)?;
         Ok((kernel, rings))
     }
 
-    fn attach_everywhere(&mut self, btf: &Btf) -> Result<()> {
+    fn attach_everywhere(&mut self, btf: &Btf, switch: SwitchShape) -> Result<()> {
         let mut programs: StdHashMap<&str, &mut Program> = self.bpf.programs_mut().collect();
         let mut take = |name: &'static str| {
             programs.remove(name).with_context(|| format!("the kernel object has no program {name}"))
         };
         let sample: &mut PerfEvent = take("on_sample")?.try_into()?;
-        let switch: &mut BtfTracePoint = take("on_sched_switch")?.try_into()?;
+        let switch: &mut BtfTracePoint = take(switch_program(switch))?.try_into()?;
         // The verifier takes its time for the two programs that walk frames: let it look at both at once.
         thread::scope(|scope| {
             let sample = scope.spawn(|| sample.load().context("load the sampling program"));
@@ -416,6 +417,28 @@ impl Kernel {
     }
 }
 
+/// The verifier's log is a transcript of many lines, of which the last but its statistics says what was wrong.
+fn explain(error: anyhow::Error) -> anyhow::Error {
+    const STATISTICS: [&str; 3] = ["processed ", "stack depth ", "verification time "];
+    let Some(ProgramError::LoadError { verifier_log, .. }) = error.chain().find_map(|cause| cause.downcast_ref())
+    else {
+        return error;
+    };
+    let log = verifier_log.to_string();
+    let says_something = |line: &&str| !line.trim().is_empty() && !STATISTICS.iter().any(|word| line.starts_with(word));
+    let reason = log.lines().rfind(says_something).unwrap_or("it does not say why");
+    anyhow::anyhow!("{error}: the kernel's verifier refuses it: {reason}")
+}
+
+/// The one that takes the arguments as this kernel passes them.
+fn switch_program(shape: SwitchShape) -> &'static str {
+    match shape {
+        SwitchShape::StateLast => "on_sched_switch",
+        SwitchShape::StateSecond => "on_sched_switch_state_second",
+        SwitchShape::StateInTask(_) => "on_sched_switch_state_in_task",
+    }
+}
+
 fn step_program(which: StepProbe) -> &'static str {
     match which {
         StepProbe::ContextRun => "on_context_run",
@@ -439,11 +462,16 @@ pub fn measure_run_time() -> Option<OwnedFd> {
     enable_stats(Stats::RunTime).ok()
 }
 
-/// Loads everything and lets go of it again.
-pub fn try_load() -> Result<()> {
+/// Loads everything and lets go of it again. Returns the program that gave the kernel's verifier most to do, with how
+/// many instructions that were: it gives up at a million.
+pub fn try_load() -> Result<Option<(String, u32)>> {
     let short = ShortPace { floor_ns: u64::MAX, window_ns: u64::MAX, enough_ns: u64::MAX };
     let pace = Pace { threshold_ns: u64::MAX, capture_age_ns: u64::MAX, sample_every_ns: None, stack_pages: 1, short };
-    Kernel::load(pace, Talk::Silent).map(drop)
+    let (kernel, _) = Kernel::load(pace, Talk::Silent)?;
+    let programs = kernel.bpf.programs();
+    let verified = programs
+        .filter_map(|(name, program)| Some((name.to_owned(), program.info().ok()?.verified_instruction_count()?)));
+    Ok(verified.max_by_key(|(_, instructions)| *instructions))
 }
 
 /// Where tracefs is not mounted, mounts it in a mount namespace of our own: nothing is left behind.

@@ -7,6 +7,7 @@
 pub mod btf;
 mod cost;
 pub mod decode;
+pub mod features;
 pub mod kernel;
 pub mod live;
 pub mod process;

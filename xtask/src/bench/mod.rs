@@ -4,7 +4,7 @@ mod accuracy;
 mod compare;
 mod kernel;
 mod overhead;
-mod rig;
+pub mod rig;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,224 @@
+//! Says from the kernel's own type information what it offers, and what loopguard does without what it lacks.
+//!
+//! Version numbers say little: distributions add features to old kernels and leave others out of new ones. So every
+//! answer here comes from the kernel that runs.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::{
+    btf::{self, Argument, KernelTypes},
+    kernel::TRACEFS,
+};
+
+/// What of the kernel the programs and their loader depend on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// Offset of `task_struct.pid`.
+    pub task_pid: Option<u32>,
+    /// What `sched_switch` tells of the thread that leaves the processor.
+    pub switch: Option<SwitchShape>,
+    /// Ring buffers (Linux 5.8).
+    pub ring_buffer: bool,
+    /// `bpf_task_pt_regs` (5.15): the registers with which a thread entered the kernel.
+    pub task_registers: bool,
+    /// `bpf_get_attach_cookie` (5.15): which loop a step probe was placed for.
+    pub attach_cookies: bool,
+    /// Probes on instructions of programs (CONFIG_UPROBE_EVENTS).
+    pub uprobes: bool,
+}
+
+/// The arguments of `sched_switch(preempt, prev, next, ..)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SwitchShape {
+    /// The state of the leaving thread is the last argument (5.19, and later releases of 5.18).
+    StateLast,
+    /// It comes before the threads (first releases of 5.18).
+    StateSecond,
+    /// It is not passed: it stands in the thread, at this offset (before 5.18).
+    StateInTask(u32),
+}
+
+/// Whether loopguard can do without a feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Need {
+    /// It does something else instead.
+    Fallback,
+    /// It cannot work.
+    Required,
+}
+
+/// One feature, as people are told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    pub name: &'static str,
+    /// It is there, or why it is needed and what is done without it.
+    pub answer: Result<String, (Need, String)>,
+}
+
+impl Features {
+    pub fn of_this_kernel() -> Result<Self> {
+        let btf = btf::read_vmlinux().with_context(|| {
+            format!("the kernel's type information is missing ({}): it needs CONFIG_DEBUG_INFO_BTF=y", btf::VMLINUX)
+        })?;
+        let types = KernelTypes::parse(btf).with_context(|| format!("{} is not understood", btf::VMLINUX))?;
+        let uprobes = Path::new("/sys/bus/event_source/devices/uprobe/type").exists()
+            || Path::new(TRACEFS).join("uprobe_events").exists();
+        Ok(Self::read(&types, uprobes))
+    }
+
+    fn read(types: &KernelTypes, uprobes: bool) -> Self {
+        let helper = |name| types.has_enumerator("bpf_func_id", name);
+        Self {
+            task_pid: types.field_offset("task_struct", "pid"),
+            switch: switch_shape(types),
+            ring_buffer: helper("BPF_FUNC_ringbuf_output")
+                && types.has_enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF"),
+            task_registers: helper("BPF_FUNC_task_pt_regs") && helper("BPF_FUNC_get_current_task_btf"),
+            attach_cookies: helper("BPF_FUNC_get_attach_cookie"),
+            uprobes,
+        }
+    }
+
+    /// What each feature is for, whether it is there, and what happens if not.
+    pub fn findings(&self) -> Vec<Finding> {
+        let need = |is_there: bool, name, fine: &str, missing: &str| Finding {
+            name,
+            answer: if is_there { Ok(fine.to_owned()) } else { Err((Need::Required, missing.to_owned())) },
+        };
+        vec![
+            need(
+                self.ring_buffer,
+                "ring buffer",
+                "records reach loopguard through it",
+                "no BPF ring buffer: records cannot be delivered; Linux 5.8 is the first that has it",
+            ),
+            need(
+                self.task_registers,
+                "task registers",
+                "a waiting thread's system call and its first argument are read from them",
+                "no bpf_task_pt_regs: what a thread waits for cannot be read; Linux 5.15 is the first that has it",
+            ),
+            need(
+                self.attach_cookies,
+                "attach cookies",
+                "a step probe knows its loop",
+                "no attach cookies: step probes cannot say which loop they belong to; Linux 5.15 is the first that has \
+                 them",
+            ),
+            self.switch_finding(),
+            Finding {
+                name: "uprobes",
+                answer: if self.uprobes {
+                    Ok("steps of tasks can be marked exactly".to_owned())
+                } else {
+                    let text = "no uprobes (CONFIG_UPROBE_EVENTS): ticks with several owners are cut by captures \
+                                (inferred)";
+                    Err((Need::Fallback, text.to_owned()))
+                },
+            },
+        ]
+    }
+
+    fn switch_finding(&self) -> Finding {
+        let answer = match (self.switch, self.task_pid) {
+            (None, _) | (_, None) => Err((
+                Need::Required,
+                "the scheduler's tracepoint sched_switch is not one that loopguard knows: where time goes cannot be \
+                 told"
+                    .to_owned(),
+            )),
+            (Some(SwitchShape::StateInTask(offset)), _) => Ok(format!(
+                "they don't pass the state of the thread that leaves (Linux before 5.18): it is read from the thread, \
+                 at {offset}"
+            )),
+            (Some(_), _) => Ok("they say whether a thread waits or was preempted".to_owned()),
+        };
+        Finding { name: "sched_switch", answer }
+    }
+
+    /// One sentence with all that is missing, if loopguard cannot work here.
+    pub fn check(&self) -> Result<()> {
+        let findings = self.findings();
+        let missing = findings.iter().filter(|finding| matches!(finding.answer, Err((Need::Required, _))));
+        let missing: Vec<_> = missing.map(|finding| finding.name).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        bail!(
+            "this kernel lacks what loopguard needs (Linux 5.15 or newer has it): {}; `loopguard doctor` says more",
+            missing.join(", ")
+        )
+    }
+}
+
+fn switch_shape(types: &KernelTypes) -> Option<SwitchShape> {
+    use Argument::{Pointer, Value};
+    match types.tracepoint("sched_switch")?.as_slice() {
+        [Value, Pointer, Pointer, Value, ..] => Some(SwitchShape::StateLast),
+        [Value, Value, Pointer, Pointer] => Some(SwitchShape::StateSecond),
+        // It was renamed in 5.14.
+        [Value, Pointer, Pointer] => types
+            .field_offset("task_struct", "__state")
+            .or_else(|| types.field_offset("task_struct", "state"))
+            .map(SwitchShape::StateInTask),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::btf::tests::Writer, *};
+
+    /// A kernel with these helpers and this order of the switch's arguments: `p` a pointer, `v` a value.
+    fn kernel(helpers: &[&str], switch: &str, state_field: &str) -> Features {
+        let mut btf = Writer::default();
+        let int = btf.int("int");
+        let task = btf.structure("task_struct", &["flags", state_field, "pid"], int);
+        let task = btf.pointer(task);
+        btf.enumeration("bpf_func_id", helpers);
+        btf.enumeration("bpf_map_type", &["BPF_MAP_TYPE_HASH", "BPF_MAP_TYPE_RINGBUF"]);
+        let arguments: Vec<u32> = switch.chars().map(|kind| if kind == 'p' { task } else { int }).collect();
+        btf.tracepoint("sched_switch", &arguments);
+        Features::read(&KernelTypes::parse(btf.finish()).unwrap(), true)
+    }
+
+    const OLD: &[&str] = &["BPF_FUNC_ringbuf_output"];
+    const NEW: &[&str] = &[
+        "BPF_FUNC_ringbuf_output",
+        "BPF_FUNC_task_pt_regs",
+        "BPF_FUNC_get_current_task_btf",
+        "BPF_FUNC_get_attach_cookie",
+    ];
+
+    #[test]
+    fn the_order_of_a_switchs_arguments_is_read_and_not_guessed() {
+        assert_eq!(kernel(NEW, "vppv", "__state").switch, Some(SwitchShape::StateLast));
+        assert_eq!(kernel(NEW, "vvpp", "__state").switch, Some(SwitchShape::StateSecond));
+        assert_eq!(kernel(NEW, "vpp", "__state").switch, Some(SwitchShape::StateInTask(4)));
+        assert_eq!(kernel(NEW, "vpp", "state").switch, Some(SwitchShape::StateInTask(4)));
+        assert_eq!(kernel(NEW, "vpp", "other").switch, None);
+        assert_eq!(kernel(NEW, "pp", "state").switch, None);
+    }
+
+    #[test]
+    fn a_kernel_that_lacks_something_is_refused_in_one_sentence() {
+        kernel(NEW, "vppv", "__state").check().unwrap();
+        let refusal = kernel(OLD, "vpp", "state").check().unwrap_err().to_string();
+        assert_eq!(
+            refusal,
+            "this kernel lacks what loopguard needs (Linux 5.15 or newer has it): task registers, attach cookies; \
+             `loopguard doctor` says more"
+        );
+        assert!(kernel(NEW, "pp", "state").check().unwrap_err().to_string().contains("sched_switch"));
+    }
+
+    #[test]
+    fn without_uprobes_loopguard_goes_on() {
+        let features = Features { uprobes: false, ..kernel(NEW, "vppv", "__state") };
+        features.check().unwrap();
+        let told = features.findings().into_iter().find(|finding| finding.name == "uprobes").unwrap();
+        assert!(matches!(told.answer, Err((Need::Fallback, _))));
+    }
+}
