@@ -37,7 +37,7 @@ usage: cargo xtask COMMAND
   test --python                only those of the Python package
   test --asgi-conformance      Starlette's and FastAPI's own test suites, without the package's middleware and with it
   test --kernels [NAME...]     have loopguard watch a server on other kernels, from 5.10 to the newest, under QEMU
-  bench accuracy|overhead|kernel [--json FILE], bench --compare OLD.json NEW.json
+  bench accuracy|overhead|kernel|stacks|stacks-gdb|stacks-rate [--json FILE], bench --compare OLD.json NEW.json
                                measure, as root, and compare with what was measured before
   soak --hours N [--json FILE] [--markdown FILE]
                                watch one server for hours, as root, and report memory and losses

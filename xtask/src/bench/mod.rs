@@ -1,10 +1,12 @@
-//! The benchmarks: how right loopguard is, what it costs the server, and what its kernel programs cost.
+//! The benchmarks: how right loopguard is, what it costs the server, what its kernel programs cost, and how complete its
+//! native stacks are.
 
 mod accuracy;
 mod compare;
 mod kernel;
 mod overhead;
 pub mod rig;
+mod stacks;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,6 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use self::rig::Rig;
+use self::stacks::Interpreters;
 use crate::setup;
 use crate::step::say;
 
@@ -21,21 +24,29 @@ pub const USAGE: &str = "\
 usage: cargo xtask bench accuracy [--seconds N] [--json FILE]
        cargo xtask bench overhead [--pairs N] [--json FILE]
        cargo xtask bench kernel [--seconds N] [--json FILE]
+       cargo xtask bench stacks [--pythons host|all] [--seconds N] [--json FILE]
+       cargo xtask bench stacks-gdb [--pythons host|all] [--times N] [--json FILE]
+       cargo xtask bench stacks-rate [--seconds N] [--json FILE]
        cargo xtask bench --compare OLD.json NEW.json";
 
 pub fn run(arguments: &[&str]) -> Result<()> {
     match arguments {
         ["--compare", old, new] => compare::run(Path::new(old), Path::new(new)),
-        [name @ ("accuracy" | "overhead" | "kernel"), options @ ..] => measure(name, options),
+        [name @ ("accuracy" | "overhead" | "kernel" | "stacks" | "stacks-gdb" | "stacks-rate"), options @ ..] => {
+            measure(name, options)
+        }
         _ => bail!("{USAGE}"),
     }
 }
 
 fn measure(name: &str, options: &[&str]) -> Result<()> {
-    let (mut seconds, mut pairs, mut file) = (None, None, None);
+    let (mut seconds, mut pairs, mut file, mut pythons) = (None, None, None, Interpreters::Host);
     for option in options.chunks(2) {
         match (name, option) {
-            ("accuracy" | "kernel", ["--seconds", value]) => seconds = Some(number(value)?),
+            ("accuracy" | "kernel" | "stacks" | "stacks-rate", ["--seconds", value])
+            | ("stacks-gdb", ["--times", value]) => seconds = Some(number(value)?),
+            ("stacks" | "stacks-gdb", ["--pythons", "host"]) => pythons = Interpreters::Host,
+            ("stacks" | "stacks-gdb", ["--pythons", "all"]) => pythons = Interpreters::HostAndSid,
             ("overhead", ["--pairs", value]) => pairs = Some(number(value)?),
             (_, ["--json", value]) => file = Some(PathBuf::from(value)),
             _ => bail!("don't know `{}`\n{USAGE}", option.join(" ")),
@@ -46,6 +57,9 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
     let results = match name {
         "accuracy" => accuracy::run(&rig, seconds.unwrap_or(30))?,
         "overhead" => overhead::run(&rig, pairs.unwrap_or(12))?,
+        "stacks" => stacks::completeness(&rig, pythons, seconds.unwrap_or(8))?,
+        "stacks-gdb" => stacks::beside_gdb(&rig, pythons, seconds.unwrap_or(5))?,
+        "stacks-rate" => stacks::rate(&rig, seconds.unwrap_or(60))?,
         _ => kernel::run(&rig, seconds.unwrap_or(8))?,
     };
     let Some(file) = file else { return Ok(()) };
