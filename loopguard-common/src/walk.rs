@@ -101,6 +101,18 @@ impl Default for Scratch {
     }
 }
 
+/// The last thing captured on one thread, and the walk's working memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct CaptureBuffer {
+    pub record: CaptureRecord,
+    pub scratch: Scratch,
+}
+
+#[cfg(feature = "user")]
+// SAFETY: integers through and through, without padding: both structs are multiples of 8 bytes.
+unsafe impl aya::Pod for CaptureBuffer {}
+
 impl Scratch {
     /// Forgets what is true of one process only.
     #[inline(always)]

@@ -7,8 +7,8 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::LoopClock,
     layout::PyLayout,
-    records::{COUNTERS, CaptureRecord, Counter, LoopThread, StackPage},
-    walk::Scratch,
+    records::{COUNTERS, Counter, LoopThread, StackPage},
+    walk::CaptureBuffer,
 };
 
 /// Words of the bit field over thread and process ids; ids that differ by a multiple of its bits share one.
@@ -56,13 +56,6 @@ pub static REPORTED_POLLS: LruHashMap<u32, u64> = LruHashMap::with_max_entries(1
 
 #[map]
 static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS, 0);
-
-/// The last thing captured on one thread, and the walk's working memory.
-#[repr(C)]
-pub struct CaptureBuffer {
-    pub record: CaptureRecord,
-    pub scratch: Scratch,
-}
 
 /// A watched loop thread.
 pub struct Watched {

@@ -21,8 +21,9 @@ use aya_log::EbpfLogger;
 use loopguard_common::{
     clock::{LoopClock, SwitchOut},
     layout::PyLayout,
-    records::{Counter, LoopThread, STEP_CUT_AT_ATTACH},
+    records::{Counter, LoopThread, REGISTERS, STEP_CUT_AT_ATTACH},
     short::ShortPace,
+    walk::CaptureBuffer,
 };
 
 use super::features::{Features, SwitchShape};
@@ -130,6 +131,7 @@ pub struct Kernel {
     slots: HashMap<MapData, u32, u32>,
     threads: Array<MapData, LoopThread>,
     clocks: Array<MapData, LoopClock>,
+    captures: Array<MapData, CaptureBuffer>,
     counts: PerCpuArray<MapData, u64>,
     /// Watched ids, tgids and tids, with how many watch them: two ids can share a bit.
     ids: StdHashMap<u32, u32>,
@@ -208,6 +210,7 @@ impl Kernel {
             slots: take_map(&mut bpf, "SLOTS")?.try_into()?,
             threads: take_map(&mut bpf, "THREADS")?.try_into()?,
             clocks: take_map(&mut bpf, "CLOCKS")?.try_into()?,
+            captures: take_map(&mut bpf, "CAPTURES")?.try_into()?,
             counts: take_map(&mut bpf, "COUNTS")?.try_into()?,
             ids: StdHashMap::new(),
             owners: vec![None; MAX_THREADS as usize],
@@ -377,6 +380,13 @@ impl Kernel {
     pub fn clock(&self, tid: Tid) -> Option<LoopClock> {
         let slot = self.owners.iter().position(|owner| *owner == Some(tid))?;
         self.clocks.get(&(slot as u32), 0).ok()
+    }
+
+    /// The registers with which a watched thread last went to sleep in a step.
+    pub fn registers(&self, tid: Tid) -> Option<[u64; REGISTERS]> {
+        let slot = self.owners.iter().position(|owner| *owner == Some(tid))?;
+        let buffer = self.captures.get(&(slot as u32), 0).ok()?;
+        (buffer.record.header.tid == tid).then_some(buffer.record.registers)
     }
 
     /// Prints what the programs have logged since.

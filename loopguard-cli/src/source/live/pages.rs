@@ -108,9 +108,12 @@ impl Live {
             let Ok(page) = memory.bytes(start + bytes.len() as u64, STACK_PAGE) else { break };
             bytes.extend_from_slice(&page);
         }
-        let mut registers = [None; _];
-        registers[REGISTER_IP] = Some(at.ip);
-        registers[REGISTER_SP] = Some(at.sp);
+        // The system tells two of them only; the kernel programs saw all when it went to sleep.
+        let registers = self.kernel.registers(tid)?;
+        if registers[REGISTER_IP] != at.ip || registers[REGISTER_SP] != at.sp {
+            return None;
+        }
+        let registers = registers.map(Some);
         // Nothing of it has changed meanwhile if the thread still sleeps in the same wait.
         let after = self.kernel.clock(tid)?;
         let same = after.step_seq == record.step_seq && after.is_waiting() && after.wait_start_ns <= record.at_ns;
