@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
 
 BLOCK_S = 0.24
 WAIT_S = 0.006
@@ -20,27 +21,27 @@ BYTES = os.urandom(1 << 20)
 RECURSION = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r WHERE n < 20000) SELECT sum(n * n) FROM r"
 
 
-def answer_slowly(listener):
+def answer_slowly(listener: socket.socket) -> None:
     connection, _ = listener.accept()
     while connection.recv(1):
         time.sleep(WAIT_S)
         connection.sendall(b"x")
 
 
-def connected():
+def connected() -> socket.socket:
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=answer_slowly, args=(listener,), daemon=True).start()
     return socket.create_connection(listener.getsockname())
 
 
-def make(kind):
+def make(kind: str) -> Callable[[], object]:
     """What is done over and over within one block."""
     if kind == "sleep":
         return lambda: time.sleep(WAIT_S)
     if kind == "socket":
         peer = connected()
 
-        def ask():
+        def ask() -> None:
             peer.sendall(b"x")
             peer.recv(1)
 
@@ -62,13 +63,13 @@ def make(kind):
     raise SystemExit(f"no kind {kind}")
 
 
-async def block(work):
+async def block(work: Callable[[], object]) -> None:
     end = time.perf_counter() + BLOCK_S
     while time.perf_counter() < end:
         work()
 
 
-async def main():
+async def main() -> None:
     work = make(sys.argv[1])
     print("ready", flush=True)
     while True:

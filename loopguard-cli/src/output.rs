@@ -41,7 +41,7 @@ impl Output {
                 times: Times::Local(wall_clock()),
                 current_dir: std::env::current_dir().ok(),
             };
-            return Ok(Self::Screen(Box::new(Screen::new(look, text_look(true, arguments))?)));
+            return Ok(Self::Screen(Box::new(Screen::new(look, text_look(true))?)));
         }
         let (out, is_terminal): (Box<dyn Write>, bool) = match &arguments.output {
             Some(path) => {
