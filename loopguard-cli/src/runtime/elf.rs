@@ -276,7 +276,7 @@ impl Image {
     pub fn file_offset(&self, address: u64) -> Option<u64> {
         self.segments.iter().find_map(|segment| {
             let into = address.checked_sub(segment.address)?;
-            (into < segment.file_size).then_some(segment.offset + into)
+            (into < segment.file_size).then(|| segment.offset.checked_add(into))?
         })
     }
 

@@ -231,7 +231,7 @@ pub fn callees(code: &[u8], entry: u64) -> Vec<u64> {
             )
         })
         .map(|instruction| instruction.near_branch_target())
-        .filter(|&target| target != 0 && !(entry..entry + code.len() as u64).contains(&target))
+        .filter(|&target| target != 0 && target.wrapping_sub(entry) >= code.len() as u64)
         .collect()
 }
 
