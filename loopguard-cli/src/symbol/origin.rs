@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn whose_code_a_function_is() {
-        let crates = "/root/.cargo/registry/src/index.crates.io-1949cf8c6b5b557f";
+        let crates = "/home/dev/.cargo/registry/src/index-0123456789abcdef";
         let in_crates = |rest: &str| Some(format!("{crates}/{rest}"));
         for (path, function, file, expected) in [
             ("/srv/shop", Some("shop::handler::{{closure}}"), Some("/build/shop/src/main.rs".to_owned()), User),
