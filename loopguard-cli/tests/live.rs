@@ -94,6 +94,8 @@ fn the_culprit_is_named_on_every_interpreter_and_loop() {
             assert!(watching.messages().contains("exact steps"), "{context}: {}", watching.messages());
             // Step probes come with the first old step: from then on owners are exact.
             server.get(&format!("/block/sleep/{BLOCK_MS}"), "block-first");
+            // On a busy machine loopguard may come late to that.
+            thread::sleep(Duration::from_secs(1));
             block_in_every_way(&server);
             let events = watching.stop();
             assert_culprits(&events, &context);
@@ -174,8 +176,13 @@ fn a_background_task_is_nobodys_request() {
         let background: Vec<_> =
             events.blocks().filter(|block| line_of(block, "background_blocker").is_some()).collect();
         assert!(background.len() >= 2, "{:#?}", events.lines);
-        for block in background {
+        // Where loopguard came too late to read whose step it was it says so; it never names anybody else.
+        let known = background.iter().filter(|block| block["attribution"] != "unknown");
+        assert!(known.clone().count() > 0, "{background:#?}");
+        for block in &background {
             assert_eq!(block["requests"].as_array().map(Vec::len), Some(0), "{block:#}");
+        }
+        for block in known {
             assert_eq!(block["task"], "background-blocker", "{block:#}");
         }
         events.assert_parts_add_up();
