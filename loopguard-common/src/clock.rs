@@ -195,6 +195,15 @@ impl LoopClock {
         self.begin_tick(now);
     }
 
+    /// The thread is no loop thread for now: it is in no tick until [`begin_tick`](Self::begin_tick).
+    #[inline(always)]
+    pub fn leave(&mut self) {
+        self.step_seq += 1;
+        self.tick_start_ns = 0;
+        self.step_flags = 0;
+        self.polling = 0;
+    }
+
     /// A step probe was hit: does it begin a new step? `sp` is the stack pointer there; where probes `nest`, a deeper
     /// one than the tick's first belongs to the step that is running.
     #[inline(always)]

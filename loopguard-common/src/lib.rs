@@ -15,4 +15,6 @@ pub mod layout;
 pub mod records;
 pub mod request;
 pub mod short;
+pub mod trail;
 pub mod walk;
+pub mod worker;

@@ -4,6 +4,7 @@
 //! initial pid namespace. Every struct is `repr(C)` with explicit padding, so that bytes mean the same on both sides.
 
 use crate::short::ShortPace;
+use crate::trail::Trail;
 
 /// Interpreter frames one capture can hold; a minimal FastAPI request is 40 to 55 deep.
 pub const MAX_FRAMES: usize = 128;
@@ -26,6 +27,8 @@ pub enum RecordKind {
     RequestStart = 16,
     RequestRoute = 17,
     RequestEnd = 18,
+    Task = 8,
+    TaskReturn = 9,
 }
 
 #[repr(C)]
@@ -69,6 +72,8 @@ pub const STEP_PROBED: u32 = 1;
 pub const STEP_CUT_AT_ATTACH: u32 = 2;
 /// The step is below the threshold, and those like it may add up.
 pub const STEP_ADDS_UP: u32 = 1 << 16;
+/// It began with the poll of a task whose end nobody would have seen: more than that poll may be in it.
+pub const STEP_WITHOUT_END: u32 = 4;
 
 /// A step that has ended and reached the threshold, or is one of many short ones that may add up.
 #[repr(C)]
@@ -246,6 +251,28 @@ pub struct PollRecord {
     pub _pad: u32,
 }
 
+/// Which task a long step polled and what its connection read; sent before the step.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskRecord {
+    pub header: RecordHeader,
+    /// That of the step.
+    pub seq: u64,
+    pub task_id: u64,
+    pub task_type: u32,
+    /// `trail` holds something.
+    pub has_trail: u32,
+    pub trail: Trail,
+}
+
+/// A poll returns to a place that is not marked yet; with no address: a wait is unclear while polls are not marked.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskReturnRecord {
+    pub header: RecordHeader,
+    pub address: u64,
+}
+
 /// Step probes on this thread's own `Context.run` may nest: a deeper one belongs to the same step.
 pub const THREAD_STEPS_NEST: u32 = 1;
 /// `context_run` marks this thread's steps (asyncio's own loop).
@@ -257,6 +284,12 @@ pub const THREAD_STEPS_CONTEXT_ENTER: u32 = 4;
 pub const THREAD_PARKS: u32 = 8;
 /// Steps below the threshold are told from the floor on, whatever their sum.
 pub const THREAD_TELLS_SHORT: u32 = 1 << 16;
+/// A worker of tokio: its clock has a [`Worker`](crate::worker::Worker) beside it.
+pub const THREAD_TOKIO: u32 = 1 << 8;
+/// Polls of tokio's tasks are marked.
+pub const THREAD_STEPS_TASK: u32 = 1 << 9;
+/// When no poll runs, a wait on a futex is the thread's way to park.
+pub const THREAD_PARKS_ON_FUTEX: u32 = 1 << 10;
 
 /// What user space tells the kernel programs about one loop thread; by slot. What every edge needs comes first.
 #[repr(C)]
@@ -282,6 +315,8 @@ pub struct LoopThread {
     pub gil: [AddressRange; 2],
     /// Which steps below the threshold are told.
     pub short: ShortPace,
+    /// Address of the counter that gives tokio's tasks their ids; 0: not known.
+    pub task_ids: u64,
 }
 
 #[repr(C)]
@@ -326,7 +361,8 @@ const _: () = assert!(
 const _: () = assert!(size_of::<GilHolder>() == 16 + 24 * HOLDER_FRAMES);
 const _: () = assert!(size_of::<StackPage>() == 32 + STACK_PAGE);
 const _: () = assert!(size_of::<PollRecord>() == 40);
-const _: () = assert!(size_of::<LoopThread>() == 88 + 24);
+const _: () = assert!(size_of::<LoopThread>() == 88 + 24 + 8);
+const _: () = assert!(size_of::<TaskRecord>() == 16 + 24 + size_of::<Trail>());
 
 use core::mem::offset_of;
 

@@ -13,6 +13,7 @@ mod sched;
 mod send;
 mod stack;
 mod step;
+mod task;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -12,7 +12,7 @@ use loopguard_common::records::{PollRecord, RecordHeader, RecordKind};
 
 use crate::{
     maps::{PROCESSES, REPORTED_POLLS, maybe_watched, watched},
-    request, send,
+    request, send, task,
 };
 
 /// `struct syscall_trace_enter`: the common header, the number, then the arguments as words (kernel/trace/trace.h).
@@ -37,8 +37,9 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     if let Some(mut target) = target
-        && target.thread.epoll_fd == epoll_fd
+        && task::polls_own(&target, epoll_fd)
     {
+        let is_known = target.thread.epoll_fd >= 0;
         if target.clock.in_tick() {
             let ended = target.clock.end_step(now);
             let request = target.clock.running.current();
@@ -46,7 +47,10 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
             request::tick_ended(&mut target, ended);
         }
         target.clock.end_tick(now);
-        return 0;
+        task::parks(&target);
+        if is_known {
+            return 0;
+        }
     }
     report_unknown(&ctx, RecordHeader { kind: RecordKind::Poll as u32, tgid, tid, _pad: 0 }, now, epoll_fd);
     0

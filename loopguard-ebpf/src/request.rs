@@ -21,7 +21,7 @@ use crate::{
     capture::OwnMemory,
     maps::{PROCESSES, RECORDS, REPORTED_POLLS, Watched, count, watched},
     poll::REPORT_AGAIN_NS,
-    send,
+    send, task,
 };
 
 /// Nobody waits for these records: user space fetches them regularly, and a wake-up for each would cost the server
@@ -221,7 +221,9 @@ fn crossed(target: Watched, now: u64, crossing: Crossing) {
     match crossing {
         Crossing::Edge { left, ended } => {
             step_of_request(&target, left, ended);
-            send::step_if_long(target.thread, target.clock, ended, left);
+            if !task::step_of_request(&target, ended, left) {
+                send::step_if_long(target.thread, target.clock, ended, left);
+            }
             target.clock.begin_crossed(now);
         }
         Crossing::Same => {}

@@ -6,13 +6,14 @@ use aya_ebpf::{
 };
 use loopguard_common::{
     clock::SwitchOut,
-    records::{CaptureCause, REGISTER_SP, THREAD_PARKS},
+    records::{CaptureCause, REGISTER_SP, THREAD_PARKS, THREAD_TOKIO},
+    worker::FutexMeaning,
 };
 
 use crate::{
     capture::{self, current_syscall, pace},
     maps::{Watched, capture_buffer, watched},
-    request, send, stack,
+    request, send, stack, task,
 };
 
 /// Offset of `pid` in the kernel's `struct task_struct`, set at load from its BTF.
@@ -21,6 +22,9 @@ static TASK_PID_OFFSET: u32 = 0;
 /// Offset of the state in it, likewise; only used where `sched_switch` does not pass the state.
 #[unsafe(no_mangle)]
 static TASK_STATE_OFFSET: u32 = 0;
+/// Offset of `tgid` in it.
+#[unsafe(no_mangle)]
+static TASK_TGID_OFFSET: u32 = 0;
 /// Number of the `futex` system call, set at load.
 #[unsafe(no_mangle)]
 static FUTEX_SYSCALL: i32 = 0;
@@ -89,7 +93,7 @@ fn switched_out(mut target: Watched, preempted: bool) {
         return;
     }
     let call = current_syscall();
-    let polls = call.arg0 as i32 == target.thread.epoll_fd && is_epoll(call.number);
+    let polls = is_epoll(call.number) && task::polls_own(&target, call.arg0 as i32);
     if polls || is_parked(&target, call.number) {
         // The poll's tracepoint ended the tick already, unless it was passed over: the kernel skips a program when
         // another one, or a map operation of ours, is in the middle of its work on this processor.
@@ -100,11 +104,19 @@ fn switched_out(mut target: Watched, preempted: bool) {
             request::tick_ended(&mut target, ended);
         }
         target.clock.switch_out(now, SwitchOut::Polls);
+        task::parks(&target);
         return;
     }
     target.clock.seen_running(now);
-    let Some(buffer) = capture_buffer(target.slot) else { return };
     let futex = call.number == futex_syscall();
+    if futex {
+        let meaning = task::futex_meaning(&target, now);
+        if meaning != FutexMeaning::Waits {
+            task::idles(target, now, meaning);
+            return;
+        }
+    }
+    let Some(buffer) = capture_buffer(target.slot) else { return };
     let gil = futex && (target.thread.gil[0].contains(call.arg0) || target.thread.gil[1].contains(call.arg0));
     target.clock.switch_out(now, SwitchOut::Waits { syscall: call.number, arg0: call.arg0, gil });
     buffer.record.cause = CaptureCause::Wait as u32;
@@ -123,10 +135,34 @@ fn switched_out(mut target: Watched, preempted: bool) {
     target.clock.capture_pending = 1;
 }
 
-/// A worker without work, as far as its server's own probes tell.
+/// `sched_waking(struct task_struct *p)`: the current thread wakes it.
+#[btf_tracepoint(function = "sched_waking")]
+pub fn on_sched_waking(ctx: BtfTracePointContext) -> i32 {
+    let task = ctx.arg::<*const u8>(0);
+    task::wakes(tid_of(task), tgid_of(task));
+    0
+}
+
+/// `sched_wakeup_new(struct task_struct *p)`: the current thread has started it.
+#[btf_tracepoint(function = "sched_wakeup_new")]
+pub fn on_sched_wakeup_new(ctx: BtfTracePointContext) -> i32 {
+    let task = ctx.arg::<*const u8>(0);
+    task::wakes(tid_of(task), tgid_of(task));
+    0
+}
+
+#[inline(always)]
+fn tgid_of(task: *const u8) -> u32 {
+    // SAFETY: as for `tid_of`.
+    unsafe { *task.add(core::ptr::read_volatile(&raw const TASK_TGID_OFFSET) as usize).cast::<u32>() }
+}
+
+/// A worker without work, as far as its server's own probes tell. Those of tokio are known better.
 #[inline(always)]
 fn is_parked(target: &Watched, syscall: i32) -> bool {
-    target.thread.flags & THREAD_PARKS != 0 && syscall == futex_syscall() && target.clock.running.current() == 0
+    target.thread.flags & (THREAD_PARKS | THREAD_TOKIO) == THREAD_PARKS
+        && syscall == futex_syscall()
+        && target.clock.running.current() == 0
 }
 
 #[inline(always)]

@@ -44,7 +44,14 @@ fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep, request: u64) 
         count(Counter::Lost);
         return;
     };
-    entry.write(StepRecord {
+    entry.write(step_record(thread, clock, ended, request));
+    entry.submit(0);
+    count(Counter::Sent);
+}
+
+#[inline(always)]
+pub fn step_record(thread: &LoopThread, clock: &LoopClock, ended: EndedStep, request: u64) -> StepRecord {
+    StepRecord {
         header: RecordHeader { kind: RecordKind::Step as u32, tgid: thread.tgid, tid: thread.tid, _pad: 0 },
         seq: clock.step_seq,
         request,
@@ -55,9 +62,14 @@ fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep, request: u64) 
         waits: clock.waits,
         flags: clock.step_flags,
         wait_count: clock.wait_count,
-    });
-    entry.submit(0);
-    count(Counter::Sent);
+    }
+}
+
+/// A step that had to wait for what followed.
+#[inline(never)]
+pub fn held_step(record: &StepRecord) {
+    let sent = RECORDS.output::<StepRecord>(record, 0);
+    count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }
 
 /// Sends a capture without the frames it does not have.

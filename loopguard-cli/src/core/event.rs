@@ -144,7 +144,11 @@ pub enum How {
     AsgiFrame,
     /// Through the current task and the tasks that await it: inferred.
     AsyncioTask,
+    /// By the request that the task's connection read: exact.
     HttpRecv,
+    /// The same for the task that spawned this one: inferred.
+    #[serde(rename = "http-recv")]
+    HttpRecvOfParent,
     None,
 }
 

@@ -387,8 +387,8 @@ fn blame(part: &Part, marks: Marks, told: Option<&Owner>) -> Blame {
         (_, Marks::Captures) => Attribution::Inferred,
         (Owner::NoRequest { .. }, Marks::StepProbe) => Attribution::Exact,
         (Owner::Request { how, .. }, Marks::StepProbe) => match how {
-            How::Usdt | How::AsgiFrame => Attribution::Exact,
-            How::AsyncioTask | How::HttpRecv | How::None => Attribution::Inferred,
+            How::Usdt | How::AsgiFrame | How::HttpRecv => Attribution::Exact,
+            How::AsyncioTask | How::HttpRecvOfParent | How::None => Attribution::Inferred,
         },
     };
     Blame { owner, attribution, stack: dominant_stack(part) }
@@ -413,7 +413,7 @@ fn certainty(how: How) -> u8 {
         How::Usdt => 4,
         How::AsgiFrame => 3,
         How::HttpRecv => 2,
-        How::AsyncioTask => 1,
+        How::AsyncioTask | How::HttpRecvOfParent => 1,
         How::None => 0,
     }
 }

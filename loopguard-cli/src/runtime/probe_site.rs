@@ -169,8 +169,8 @@ pub fn moved(_code: &[u8], _length: u64) -> Option<Moved> {
     None
 }
 
-/// Whether a function never comes back: a straight line that ends in a call or a trap. `code` starts at `entry` and
-/// must end with the function; `jump` is where it goes on elsewhere, if that is all it does.
+/// How a function ends. One without any return that jumps nowhere else can only end in calls that do not come back;
+/// the code that runs when such a call unwinds has no return either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
     Returns,
@@ -183,33 +183,35 @@ pub enum Ending {
 
 #[cfg(target_arch = "x86_64")]
 pub fn ending(code: &[u8], entry: u64) -> Ending {
-    use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+    use iced_x86::{Decoder, DecoderOptions, FlowControl};
 
-    let mut decoder = Decoder::with_ip(64, code, entry, DecoderOptions::NONE);
-    let mut instruction = Instruction::default();
-    let mut last = Ending::Returns;
-    while decoder.can_decode() {
-        decoder.decode_out(&mut instruction);
-        if instruction.is_invalid() {
-            return Ending::Returns;
-        }
+    let mut jumps = None;
+    let mut calls = false;
+    for instruction in Decoder::with_ip(64, code, entry, DecoderOptions::NONE).iter() {
         let inside = |target: u64| (entry..entry + code.len() as u64).contains(&target);
-        match instruction.flow_control() {
-            // What fills the gap to the next function.
-            FlowControl::Interrupt if instruction.mnemonic() == Mnemonic::Int3 => break,
-            FlowControl::Call | FlowControl::IndirectCall | FlowControl::Exception => last = Ending::Diverges,
-            FlowControl::Next if matches!(instruction.mnemonic(), Mnemonic::Nop) => {}
-            FlowControl::Next => last = Ending::Returns,
-            FlowControl::UnconditionalBranch if !inside(instruction.near_branch_target()) => {
-                return Ending::Jumps(instruction.near_branch_target());
+        let to = match instruction.flow_control() {
+            FlowControl::Return => return Ending::Returns,
+            FlowControl::Call | FlowControl::IndirectCall | FlowControl::Exception if !instruction.is_invalid() => {
+                calls = true;
+                continue;
+            }
+            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
+                if !inside(instruction.near_branch_target()) =>
+            {
+                Ending::Jumps(instruction.near_branch_target())
             }
             FlowControl::IndirectBranch if instruction.is_ip_rel_memory_operand() => {
-                return Ending::JumpsThrough(instruction.ip_rel_memory_address());
+                Ending::JumpsThrough(instruction.ip_rel_memory_address())
             }
-            _ => return Ending::Returns,
+            FlowControl::IndirectBranch => return Ending::Returns,
+            _ => continue,
+        };
+        // Two ways out: nothing simple can be said of it.
+        if jumps.replace(to).is_some_and(|before| before != to) {
+            return Ending::Returns;
         }
     }
-    last
+    jumps.unwrap_or(if calls { Ending::Diverges } else { Ending::Returns })
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -375,7 +377,10 @@ mod tests {
         assert_eq!(ending(&[0xe8, 0, 0, 0, 0, 0x58, 0xc3], 0x4000), Ending::Returns);
         assert_eq!(ending(&[0x90, 0xe9, 0xfa, 0xff, 0, 0], 0x4000), Ending::Jumps(0x1_4000));
         assert_eq!(ending(&[0xff, 0x25, 0x10, 0, 0, 0], 0x4000), Ending::JumpsThrough(0x4016));
-        assert_eq!(ending(&[0x85, 0xd2, 0x74, 0, 0xe8, 0, 0, 0, 0], 0x4000), Ending::Returns);
+        // call; jmp +1 (a landing pad); nop; call
+        assert_eq!(ending(&[0xe8, 0, 0, 0, 0, 0xeb, 1, 0x90, 0xe8, 0, 0, 0, 0], 0x4000), Ending::Diverges);
+        assert_eq!(ending(&[0xff, 0xe0], 0x4000), Ending::Returns);
+        assert_eq!(ending(&[0x0f, 0x84, 0, 0x10, 0, 0, 0xe9, 0, 0x20, 0, 0], 0x4000), Ending::Returns);
         assert_eq!(ending(&[], 0x4000), Ending::Returns);
         assert_eq!(callees(&[0xe8, 0xfb, 0x0f, 0, 0, 0xc3], 0x4000), [0x5000]);
     }

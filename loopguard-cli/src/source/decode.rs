@@ -3,7 +3,8 @@
 use std::mem::{MaybeUninit, offset_of, size_of};
 
 use loopguard_common::records::{
-    CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, RawFrame, RecordKind, StackPage, StepRecord,
+    CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, RawFrame, RecordKind, StackPage, StepRecord, TaskRecord,
+    TaskReturnRecord,
 };
 use loopguard_common::request::{RequestEndRecord, RequestRouteRecord, RequestStartRecord};
 
@@ -16,6 +17,8 @@ pub enum Record {
     RequestStart(Box<RequestStartRecord>),
     RequestRoute(Box<RequestRouteRecord>),
     RequestEnd(Box<RequestEndRecord>),
+    Task(Box<TaskRecord>),
+    TaskReturn(TaskReturnRecord),
 }
 
 /// Nothing this version of loopguard knows.
@@ -38,6 +41,12 @@ pub fn decode(bytes: &[u8]) -> Result<Record, UnknownRecord> {
     } else if kind == RecordKind::StackPage as u32 {
         // SAFETY: as above.
         unsafe { whole::<StackPage>(bytes) }.map(|page| Record::StackPage(Box::new(page))).ok_or(unknown)
+    } else if kind == RecordKind::Task as u32 {
+        // SAFETY: as above.
+        unsafe { whole::<TaskRecord>(bytes) }.map(|record| Record::Task(Box::new(record))).ok_or(unknown)
+    } else if kind == RecordKind::TaskReturn as u32 {
+        // SAFETY: as above.
+        unsafe { whole::<TaskReturnRecord>(bytes) }.map(Record::TaskReturn).ok_or(unknown)
     } else if kind == RecordKind::Capture as u32 {
         capture(bytes).map(Record::Capture).ok_or(unknown)
     } else if kind == RecordKind::RequestStart as u32 {

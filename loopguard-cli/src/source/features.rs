@@ -17,6 +17,8 @@ use super::{
 pub struct Features {
     /// Offset of `task_struct.pid`.
     pub task_pid: Option<u32>,
+    /// Offset of `task_struct.tgid`.
+    pub task_tgid: Option<u32>,
     /// What `sched_switch` tells of the thread that leaves the processor.
     pub switch: Option<SwitchShape>,
     /// Ring buffers (Linux 5.8).
@@ -72,6 +74,7 @@ impl Features {
         let helper = |name| types.has_enumerator("bpf_func_id", name);
         Self {
             task_pid: types.field_offset("task_struct", "pid"),
+            task_tgid: types.field_offset("task_struct", "tgid"),
             switch: switch_shape(types),
             ring_buffer: helper("BPF_FUNC_ringbuf_output")
                 && types.has_enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF"),

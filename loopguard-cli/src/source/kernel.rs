@@ -1,5 +1,6 @@
 //! Owns the kernel programs: loads them, tells them what to watch, and reads their maps.
 
+mod polls;
 mod requests;
 
 use std::{
@@ -25,6 +26,8 @@ use loopguard_common::{
     short::ShortPace,
     walk::CaptureBuffer,
 };
+
+use polls::PollProbes;
 
 use super::features::{Features, SwitchShape};
 use crate::{
@@ -143,6 +146,7 @@ pub struct Kernel {
     samplers: StdHashMap<Tid, PerfEventLinkId>,
     /// By process and program.
     step_probes: StdHashMap<(u32, &'static str), UProbeLinkId>,
+    polls: PollProbes,
 }
 
 /// Where a thread that begins to be watched stands.
@@ -176,6 +180,7 @@ impl Kernel {
         let features = Features::of_this_kernel()?;
         features.check()?;
         let task_pid_offset = features.task_pid.context("the kernel's BTF has no task_struct.pid")?;
+        let task_tgid_offset = features.task_tgid.context("the kernel's BTF has no task_struct.tgid")?;
         let switch = features.switch.context("the kernel's BTF has no sched_switch")?;
         let task_state_offset = if let SwitchShape::StateInTask(offset) = switch { offset } else { 0 };
         let btf = Btf::from_sys_fs().context("read the kernel's BTF")?;
@@ -185,12 +190,15 @@ impl Kernel {
             .btf(Some(&btf))
             .override_global("TASK_PID_OFFSET", &task_pid_offset, true)
             .override_global("TASK_STATE_OFFSET", &task_state_offset, true)
+            .override_global("TASK_TGID_OFFSET", &task_tgid_offset, true)
             .override_global("AYA_LOG_LEVEL", log_level, false)
             .override_global("STACK_PAGE_LIMIT", &pace.stack_pages, true)
             .override_global("FUTEX_SYSCALL", &(libc::SYS_futex as i32), true)
             .map_max_entries("THREADS", MAX_THREADS)
             .map_max_entries("CLOCKS", MAX_THREADS)
             .map_max_entries("CAPTURES", MAX_THREADS)
+            .map_max_entries("WORKERS", MAX_THREADS)
+            .map_max_entries("HELD", MAX_THREADS)
             .map_max_entries("STACK_PAGES", MAX_THREADS * pace.stack_pages.max(1))
             .map_max_entries("REQUESTS", MAX_OPEN_REQUESTS)
             .load(OBJECT)
@@ -219,6 +227,7 @@ impl Kernel {
             requests: RequestMaps::take(&mut bpf)?,
             samplers: StdHashMap::new(),
             step_probes: StdHashMap::new(),
+            polls: PollProbes::new(&mut bpf)?,
             bpf,
         };
         kernel.attach_everywhere(&btf, switch).map_err(explain)?;
@@ -242,6 +251,10 @@ impl Kernel {
         let wakeup: &mut BtfTracePoint = take("on_sched_wakeup")?.try_into()?;
         wakeup.load("sched_wakeup", btf).context("load the program for sched_wakeup")?;
         wakeup.attach().context("attach sched_wakeup")?;
+        for (name, tracepoint) in polls::WAKES {
+            let waking: &mut BtfTracePoint = take(name)?.try_into()?;
+            waking.load(tracepoint, btf).with_context(|| format!("load the program for {tracepoint}"))?;
+        }
         let poll: &mut TracePoint = take("on_poll_enter")?.try_into()?;
         poll.load().context("load the program for polls")?;
         for call in ["epoll_wait", "epoll_pwait", "epoll_pwait2"] {
@@ -281,6 +294,7 @@ impl Kernel {
         let _ = self.mark(pid, false);
         self.detach_steps(pid);
         self.detach_requests(pid);
+        self.forget_polls(pid);
     }
 
     pub fn detach_steps(&mut self, pid: u32) {
@@ -314,6 +328,7 @@ impl Kernel {
         self.owners[slot] = Some(tid);
         let slot = slot as u32;
         self.clocks.set(slot, clock, 0)?;
+        self.polls.forget_worker(slot)?;
         self.threads.set(slot, thread, 0)?;
         self.slots.insert(tid, slot, 0)?;
         self.mark(tid, true)?;

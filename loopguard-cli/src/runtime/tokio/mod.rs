@@ -28,6 +28,7 @@ const PIECE: u64 = 1 << 16;
 const MAX_SECTION: u64 = 64 << 20;
 /// More types of tasks than a program has.
 const MAX_TASKS: usize = 4096;
+const BLOCKING_TASK: &str = "tokio::runtime::blocking::task::BlockingTask<";
 /// tokio's own sources leave their path in every binary that can panic.
 const SOURCE_PATH: &[u8] = b"/tokio-";
 
@@ -141,11 +142,11 @@ impl Tokio {
         let names = self.names(vtables);
         for table in vtables {
             // A task of the blocking pool is never scheduled: its `schedule` can only panic.
-            if blocking[&table.schedule] {
+            let name = names.get(&table.poll).cloned().flatten();
+            if blocking[&table.schedule] || name.as_ref().is_some_and(|name| name.starts_with(BLOCKING_TASK)) {
                 self.blocking.extend(self.entry_site(table.poll).map(|(site, _)| site));
                 continue;
             }
-            let name = names.get(&table.poll).cloned().flatten();
             match self.entry_site(table.poll) {
                 Ok((site, stack_down)) => {
                     let task = self.tasks.len() as u16;

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use loopguard_common::{
-    records::{AddressRange, LoopThread, THREAD_PARKS},
+    records::{AddressRange, LoopThread, THREAD_PARKS, THREAD_PARKS_ON_FUTEX},
     walk::{Scratch, walk_frames},
 };
 
@@ -10,6 +10,7 @@ use super::{
     Live, Loop,
     facts::{StepFacts, empty_capture, frames, walk_status},
     find_python,
+    polls::PollOwners,
 };
 use crate::{
     core::event::{Event, Frame, LoopInfo, Runtime, Stack, StepMarks, Tid},
@@ -70,13 +71,19 @@ impl Live {
     pub(super) fn polled(&mut self, poll: Poll, events: &mut Vec<Event>) -> Result<()> {
         let Poll { pid, tid, epoll_fd, syscall, returned_ns } = poll;
         if epoll_fd < 0 {
-            return self.runs_requests(pid, tid, events);
+            return self.runs_tasks(pid, tid, events);
         }
         if let Some(known) = self.loops.get_mut(&tid) {
             // A nested poll is blocking like any other wait, unless the loop was replaced by another one.
             if known.epoll_fd != epoll_fd && !process::is_epoll_descriptor(pid, known.epoll_fd) {
                 known.epoll_fd = epoll_fd;
-                self.kernel.update_thread(tid, |thread| thread.epoll_fd = epoll_fd)?;
+                let flags = self.tokio_flags((pid, tid), epoll_fd);
+                self.kernel.update_thread(tid, |thread| {
+                    thread.epoll_fd = epoll_fd;
+                    if flags != 0 {
+                        thread.flags = thread.flags & !THREAD_PARKS_ON_FUTEX | flags;
+                    }
+                })?;
             }
             return Ok(());
         }
@@ -101,7 +108,7 @@ impl Live {
             }
             // A helper thread of an extension module: no loop of the server.
             None if is_python => return Ok(()),
-            None => Found { pid, tid, epoll_fd, runtime: Runtime::Epoll, python: None },
+            None => Found { pid, tid, epoll_fd, runtime: self.native_runtime(pid), python: None },
         };
         self.adopt(found, standing(&poll), events)
     }
@@ -120,16 +127,24 @@ impl Live {
         self.naming.forget(pid);
         self.naming.prepare(pid);
         let layout = python.as_ref().map(|python| python.interpreter.layout());
+        self.unmark_polls(pid);
+        let tokio = if python.is_none() { self.find_tokio(pid) } else { None };
+        let has_tokio = tokio.is_some();
         if let Some(target) = self.targets.get_mut(&pid) {
             target.python = python;
+            target.tokio = tokio;
             target.uses_uvloop = process::uses_uvloop(pid);
         }
         self.find_request_probes(pid);
+        if has_tokio {
+            self.watch_closely(pid);
+            self.mark_polls(pid);
+        }
         layout.map_or(Ok(()), |layout| self.kernel.update_layout(pid, &layout))
     }
 
-    /// A thread that nobody knew runs a request's code: a worker, whose idling need not be a poll of its own.
-    fn runs_requests(&mut self, pid: u32, tid: Tid, events: &mut Vec<Event>) -> Result<()> {
+    /// A thread that nobody knew polls a task or runs a request's code: a worker, whose idling need not be a poll of its own.
+    fn runs_tasks(&mut self, pid: u32, tid: Tid, events: &mut Vec<Event>) -> Result<()> {
         // The loops of an interpreter show themselves when they poll.
         if self.loops.contains_key(&tid) || self.targets.get(&pid).is_none_or(|target| target.python.is_some()) {
             return Ok(());
@@ -141,8 +156,19 @@ impl Live {
             (None, [only]) => *only,
             (None, _) => NO_DESCRIPTOR,
         };
-        let standing = Standing::InTick { now_ns: process::monotonic_ns(), waits_in: None };
-        self.adopt(Found { pid, tid, epoll_fd, runtime: Runtime::Epoll, python: None }, standing, events)
+        let runtime = self.native_runtime(pid);
+        let standing = match runtime {
+            // It may have parked meanwhile: its next poll tells.
+            Runtime::Tokio => Standing::Idle,
+            _ => Standing::InTick { now_ns: process::monotonic_ns(), waits_in: None },
+        };
+        self.adopt(Found { pid, tid, epoll_fd, runtime, python: None }, standing, events)
+    }
+
+    /// What kind of loop runs in a process without an interpreter.
+    fn native_runtime(&self, pid: u32) -> Runtime {
+        let has_tokio = self.targets.get(&pid).is_some_and(|target| target.tokio.is_some());
+        if has_tokio { Runtime::Tokio } else { Runtime::Epoll }
     }
 
     /// Where servers tell of their requests, a sleeping worker is told from a blocked one.
@@ -187,8 +213,9 @@ impl Live {
         let thread = LoopThread {
             tid,
             tgid: pid,
-            flags: if parks { THREAD_PARKS } else { 0 },
+            flags: self.tokio_flags((pid, tid), epoll_fd) | if parks { THREAD_PARKS } else { 0 },
             epoll_fd,
+            task_ids: self.task_ids(pid),
             thread_state: python.as_ref().map_or(0, |thread| thread.state),
             native_thread_id: python.as_ref().map_or(0, |thread| thread.native_thread_id),
             gil,
@@ -222,7 +249,7 @@ impl Live {
             tid,
             thread: process::thread_name(pid, tid),
             runtime,
-            steps: if marks.is_some() { StepMarks::Exact } else { StepMarks::TicksOnly },
+            steps: if marks.is_some() || self.polls_are_marked(pid) { StepMarks::Exact } else { StepMarks::TicksOnly },
         };
         events.push(Event::LoopFound(info.clone()));
         let pace = self.options.pace(self.options.threshold_ns);
@@ -237,6 +264,7 @@ impl Live {
                 step: StepFacts::default(),
                 pace,
                 threshold_ns: pace.threshold_ns,
+                poll_owners: PollOwners::default(),
             },
         );
         if self.targets[&pid].closeness.is_close() {

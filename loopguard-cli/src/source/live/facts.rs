@@ -38,6 +38,20 @@ pub(super) struct StepFacts {
     report_ongoing_ns: u64,
 }
 
+impl StepFacts {
+    /// `owner` as the kernel saw it at the end of step `seq`, with what could only be read while it ran.
+    pub(super) fn same_with_client(&self, seq: u64, owner: Owner) -> Owner {
+        match (&self.owner, &owner) {
+            (Some((seen @ Owner::Request { request: earlier, .. }, _)), Owner::Request { request, .. })
+                if self.seq == seq && earlier.id == request.id && earlier.path == request.path =>
+            {
+                seen.clone()
+            }
+            _ => owner,
+        }
+    }
+}
+
 /// Whether the step of a capture may have ended since.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Freshness {
@@ -134,6 +148,9 @@ impl Live {
 
     /// Whose step it is when no scope stands in its frames: the current task, and the tasks that await it.
     fn owner_by_task(&mut self, record: &CaptureRecord) -> Owner {
+        if self.targets.get(&record.header.tgid).is_some_and(|target| target.tokio.is_some()) {
+            return self.owner_by_poll(record.header.tid, record.step_seq);
+        }
         let Some(thread) = self.loops.get(&record.header.tid).and_then(|known| known.python) else {
             return Owner::Unknown("no interpreter");
         };

@@ -6,6 +6,7 @@
 mod discover;
 mod facts;
 mod pages;
+mod polls;
 mod requests;
 mod steps;
 mod victims;
@@ -44,6 +45,7 @@ use crate::{
 use discover::Poll;
 use facts::{Freshness, StepFacts, step};
 use pages::StackPages;
+use polls::{PollOwners, TokioTarget};
 use requests::Requests;
 use steps::{Closeness, StepMark};
 
@@ -103,6 +105,7 @@ struct Target {
     /// Which program it ran when it was looked at.
     program: Option<process::Program>,
     python: Option<Python>,
+    tokio: Option<TokioTarget>,
     uses_uvloop: bool,
     closeness: Closeness,
     ended: bool,
@@ -125,6 +128,7 @@ struct Loop {
     pace: Pace,
     /// What is shown as its threshold.
     threshold_ns: u64,
+    poll_owners: PollOwners,
 }
 
 /// The interpreter of a process, if it has one that can be read; and what to tell the person at the terminal.
@@ -198,9 +202,15 @@ impl Live {
         let uses_uvloop = process::uses_uvloop(pid);
         let layout = python.as_ref().map(|python| python.interpreter.layout());
         self.kernel.watch_process(pid, layout.as_ref())?;
+        let tokio = if python.is_none() { self.find_tokio(pid) } else { None };
+        let has_tokio = tokio.is_some();
         let closeness = Closeness::default();
-        self.targets.insert(pid, Target { pid, pidfd, program, python, uses_uvloop, closeness, ended: false });
+        self.targets.insert(pid, Target { pid, pidfd, program, python, tokio, uses_uvloop, closeness, ended: false });
         self.find_request_probes(pid);
+        if has_tokio {
+            // Where its workers park is seen while polls are marked, and needed afterwards.
+            self.watch_closely(pid);
+        }
         Ok(())
     }
 
@@ -251,11 +261,16 @@ impl Live {
                         self.watch_closely(record.header.tgid);
                     }
                     let told = self.requests.owner(record.header.tgid, record.request);
+                    if told.is_none() {
+                        events.extend(self.owner_of_step(&record).map(Event::Capture));
+                    }
                     events.push(Event::Step(step(&record, told)));
                 }
                 Ok(Record::RequestStart(record)) => self.request_started(&record),
                 Ok(Record::RequestRoute(record)) => self.request_routed(&record),
                 Ok(Record::RequestEnd(record)) => events.push(self.request_ended(&record)),
+                Ok(Record::Task(record)) => self.task(&record),
+                Ok(Record::TaskReturn(record)) => self.task_return(&record),
                 Ok(Record::Poll(record)) => {
                     let found = Poll {
                         pid: record.header.tgid,
@@ -360,7 +375,10 @@ impl Live {
     pub fn describe(&self, pid: u32) -> String {
         match self.targets.get(&pid).and_then(|target| target.python.as_ref()) {
             Some(python) => format!("CPython {}", python.interpreter.version),
-            None => "no Python".to_owned(),
+            None => match self.targets.get(&pid).and_then(|target| target.tokio.as_ref()) {
+                Some(known) => format!("tokio {}", known.tokio.version.as_deref().unwrap_or("1.x")),
+                None => "no Python, no tokio".to_owned(),
+            },
         }
     }
 

@@ -7,9 +7,12 @@ use crate::{
     source::{kernel::Sampling, process},
 };
 use loopguard_common::records::{
-    THREAD_PARKS, THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST, THREAD_TELLS_SHORT,
+    THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_STEPS_NEST, THREAD_STEPS_TASK, THREAD_TELLS_SHORT,
 };
 
+/// What holds only while a process is watched closely, of `THREAD_*`.
+const THREAD_CLOSE: u32 =
+    THREAD_STEPS_CONTEXT_RUN | THREAD_STEPS_CONTEXT_ENTER | THREAD_STEPS_NEST | THREAD_STEPS_TASK | THREAD_TELLS_SHORT;
 /// How long a process is watched closely after an old step: twice the time since the one before it, within these
 /// bounds. Close watching costs about a microsecond a step, which a loop that is hardly ever blocked need not pay.
 const CLOSE_AT_LEAST_NS: u64 = 10_000_000_000;
@@ -79,6 +82,7 @@ impl Live {
         if !target.closeness.old_step(process::monotonic_ns()) {
             return;
         }
+        self.mark_polls(pid);
         let loops = self.loops.values().filter(|known| known.info.pid == pid);
         for tid in loops.map(|known| known.info.tid).collect::<Vec<_>>() {
             self.watch_loop_closely(tid);
@@ -92,6 +96,7 @@ impl Live {
         }
         let Some(StepMark { which, site, flags }) = known.marks.clone() else {
             let _ = self.kernel.update_thread(tid, |thread| thread.flags |= THREAD_TELLS_SHORT);
+            self.mark_polls_of_thread(tid);
             return;
         };
         let flags = flags | THREAD_TELLS_SHORT;
@@ -108,15 +113,20 @@ impl Live {
     /// Steps back from processes in which nothing was late for a while.
     pub(super) fn relax(&mut self) {
         let now = process::monotonic_ns();
+        let mut relaxed = Vec::new();
         for target in self.targets.values_mut() {
             if !target.closeness.is_over(now) {
                 continue;
             }
             for known in self.loops.values().filter(|known| known.info.pid == target.pid) {
-                let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags &= THREAD_PARKS);
+                let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags &= !THREAD_CLOSE);
                 let _ = self.kernel.sample(known.info.tid, Sampling::Watchful);
             }
             self.kernel.detach_steps(target.pid);
+            relaxed.push(target.pid);
+        }
+        for pid in relaxed {
+            self.unmark_polls(pid);
         }
     }
 }

@@ -160,6 +160,7 @@ fn facts(block: &Seen, pen: &Pen) -> Vec<Vec<Piece>> {
         How::AsgiFrame => ", from the ASGI scope on the stack",
         How::AsyncioTask => ", through the task that awaits it",
         How::HttpRecv => ", from the request it read",
+        How::HttpRecvOfParent => ", from the request read by the task that spawned it",
         How::None => "",
     };
     let on = block.on();
