@@ -59,9 +59,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Truth:
-    """What ran before `begin`, the load's first request, does not count."""
+    """What ran before `begin`, the load's first request, or after `last`, its last answer, does not count."""
 
     begin: int
+    last: int
     requests: int
     blocks: list[Block]
 
@@ -84,14 +85,16 @@ def read_truth(path: Path) -> Truth:
         if line["type"] == "background":
             blocks += [Block(start, end, None) for start, end, _ in line["spans"] if begin <= start and end <= last]
     long = [block for block in blocks if block.end - block.start >= SHORTEST_NS]
-    return Truth(begin, requests, sorted(long, key=lambda block: block.start))
+    return Truth(begin, last, requests, sorted(long, key=lambda block: block.start))
 
 
-def read_reports(path: Path, begin: int) -> list[Report]:
+def read_reports(path: Path, truth: Truth) -> list[Report]:
     reports = []
     for line in path.read_text().splitlines():
         event = json.loads(line)
-        if event["type"] != "block" or event["event"] != "single" or event["t_end_ns"] < begin:
+        if event["type"] != "block" or event["event"] != "single":
+            continue
+        if event["t_end_ns"] < truth.begin or event["t_start_ns"] > truth.last:
             continue
         blamed = frozenset(request["id"] for request in event["requests"])
         reports.append(Report(event["t_start_ns"], event["t_end_ns"], event["duration_ms"], blamed))
@@ -189,7 +192,7 @@ def main() -> None:
     parser.add_argument("reported", type=Path)
     arguments = parser.parse_args()
     truth = read_truth(arguments.truth)
-    print(json.dumps(score(truth, read_reports(arguments.reported, truth.begin))))
+    print(json.dumps(score(truth, read_reports(arguments.reported, truth))))
 
 
 main()

@@ -68,6 +68,7 @@ pub fn same_owner(a: &Owner, b: &Owner) -> bool {
     match (a, b) {
         (Owner::Request { request: a, .. }, Owner::Request { request: b, .. }) => a.id == b.id && a.path == b.path,
         (Owner::NoRequest { task: a }, Owner::NoRequest { task: b }) => a == b,
+        (Owner::Task { task: a }, Owner::Task { task: b }) => a == b,
         (Owner::Unknown(_), Owner::Unknown(_)) => true,
         _ => false,
     }
@@ -173,7 +174,7 @@ mod tests {
             .map(|part| {
                 let owner = match part.captures.first().map(|capture| &capture.owner) {
                     Some(Owner::Request { request, .. }) => &request.id,
-                    Some(Owner::NoRequest { .. }) => "-",
+                    Some(Owner::NoRequest { .. } | Owner::Task { .. }) => "-",
                     Some(Owner::Unknown(_)) => "?",
                     None => "nothing",
                 };

@@ -131,6 +131,10 @@ pub enum Owner {
     NoRequest {
         task: Option<String>,
     },
+    /// A task that read no request itself; whether it works for one is not known.
+    Task {
+        task: String,
+    },
     /// Could not be told: why, in a few words.
     Unknown(&'static str),
 }

@@ -216,20 +216,21 @@ impl Blame {
     pub fn request(&self) -> Option<&Arc<RequestFacts>> {
         match &self.owner {
             Owner::Request { request, .. } => Some(request),
-            Owner::NoRequest { .. } | Owner::Unknown(_) => None,
+            Owner::NoRequest { .. } | Owner::Task { .. } | Owner::Unknown(_) => None,
         }
     }
 
     pub fn how(&self) -> How {
         match self.owner {
             Owner::Request { how, .. } => how,
-            Owner::NoRequest { .. } | Owner::Unknown(_) => How::None,
+            Owner::NoRequest { .. } | Owner::Task { .. } | Owner::Unknown(_) => How::None,
         }
     }
 
     pub fn task(&self) -> Option<&str> {
         match &self.owner {
             Owner::NoRequest { task } => task.as_deref(),
+            Owner::Task { task } => Some(task),
             Owner::Request { .. } | Owner::Unknown(_) => None,
         }
     }

@@ -384,7 +384,7 @@ fn blame(part: &Part, marks: Marks, told: Option<&Owner>) -> Blame {
     let owner = told.cloned().unwrap_or_else(|| owner(part.captures));
     let attribution = match (&owner, marks) {
         (Owner::Unknown(_), _) => Attribution::Unknown,
-        (_, Marks::Captures) => Attribution::Inferred,
+        (_, Marks::Captures) | (Owner::Task { .. }, _) => Attribution::Inferred,
         (Owner::NoRequest { .. }, Marks::StepProbe) => Attribution::Exact,
         (Owner::Request { how, .. }, Marks::StepProbe) => match how {
             How::Usdt | How::AsgiFrame | How::HttpRecv => Attribution::Exact,
@@ -401,7 +401,8 @@ fn owner(captures: &[Capture]) -> Owner {
         .map(|capture| &capture.owner)
         .max_by_key(|owner| match owner {
             Owner::Request { request, how } => (2, certainty(*how), request.route.is_some()),
-            Owner::NoRequest { task } => (1, 0, task.is_some()),
+            Owner::NoRequest { task } => (1, 1, task.is_some()),
+            Owner::Task { .. } => (1, 0, true),
             Owner::Unknown(_) => (0, 0, false),
         })
         .cloned()
@@ -706,7 +707,7 @@ mod tests {
     fn in_flight(seq: u64, ids: &[&str]) -> Event {
         let request = |id: &&str| match super::super::story::owner(id) {
             Owner::Request { request, .. } => request,
-            Owner::NoRequest { .. } | Owner::Unknown(_) => unreachable!(),
+            Owner::NoRequest { .. } | Owner::Task { .. } | Owner::Unknown(_) => unreachable!(),
         };
         Event::InFlight(InFlight { tid: 7, step_seq: seq, requests: ids.iter().map(request).collect(), unread: 0 })
     }

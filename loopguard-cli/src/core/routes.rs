@@ -31,7 +31,7 @@ impl RouteRules {
 fn request(owner: &Owner) -> Option<&RequestFacts> {
     match owner {
         Owner::Request { request, .. } => Some(request),
-        Owner::NoRequest { .. } | Owner::Unknown(_) => None,
+        Owner::NoRequest { .. } | Owner::Task { .. } | Owner::Unknown(_) => None,
     }
 }
 

@@ -232,6 +232,7 @@ fn owner_name(owner: &Owner) -> String {
     match owner {
         Owner::Request { request, .. } => request.id.clone(),
         Owner::NoRequest { task } => format!("-{}", task.as_deref().unwrap_or_default()),
+        Owner::Task { task } => format!("-{task}?"),
         Owner::Unknown(_) => "?".to_owned(),
     }
 }

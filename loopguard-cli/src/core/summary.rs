@@ -253,7 +253,7 @@ fn label_of(request: &RequestFacts) -> RouteLabel {
 pub fn route_label(owner: &Owner) -> RouteLabel {
     match owner {
         Owner::Request { request, .. } => label_of(request),
-        Owner::NoRequest { .. } => RouteLabel::NoRequest,
+        Owner::NoRequest { .. } | Owner::Task { .. } => RouteLabel::NoRequest,
         Owner::Unknown(_) => RouteLabel::Unknown,
     }
 }

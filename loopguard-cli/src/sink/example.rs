@@ -33,7 +33,7 @@ pub fn block() -> Incident {
 pub fn block_with_victims() -> Incident {
     let named = |path: &str, id: &str| match request(path, id) {
         Owner::Request { request, .. } => request,
-        Owner::NoRequest { .. } | Owner::Unknown(_) => unreachable!(),
+        Owner::NoRequest { .. } | Owner::Task { .. } | Owner::Unknown(_) => unreachable!(),
     };
     let requests = (1..=5).map(|number| named(&format!("/items/{number}"), &format!("v-{number}"))).collect();
     let victims = Victims { count: 5, delay_ns: 5 * 52_345_678, requests, unread: 2 };

@@ -308,7 +308,7 @@ fn whose(owner: &Owner) -> String {
             let route = request.route.as_deref().unwrap_or(&request.path);
             format!("{} {}", word(request.method.as_deref().unwrap_or("?")), word(route))
         }
-        Owner::NoRequest { task: Some(task) } => format!("task {task}"),
+        Owner::NoRequest { task: Some(task) } | Owner::Task { task } => format!("task {task}"),
         Owner::NoRequest { task: None } => "no request".to_owned(),
         Owner::Unknown(_) => "request unknown".to_owned(),
     }

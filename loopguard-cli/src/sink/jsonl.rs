@@ -345,7 +345,7 @@ impl<'a> CumulativeObject<'a> {
         let (split, total) = (&block.split, block.total_ns);
         let requests = block.owners.iter().filter_map(|share| match &share.owner {
             Owner::Request { request, .. } => Some(RequestObject::new(request, share.ns)),
-            Owner::NoRequest { .. } | Owner::Unknown(_) => None,
+            Owner::NoRequest { .. } | Owner::Task { .. } | Owner::Unknown(_) => None,
         });
         let mut routes: Vec<RouteShareObject> = Vec::new();
         for share in &block.owners {

@@ -120,7 +120,7 @@ fn whose(blame: &Blame) -> String {
             let method = request.method.as_deref().unwrap_or("?");
             format!(" by {method} {}", request.route.as_deref().unwrap_or(&request.path))
         }
-        Owner::NoRequest { task: Some(task) } => format!(" by task {task}"),
+        Owner::NoRequest { task: Some(task) } | Owner::Task { task } => format!(" by task {task}"),
         Owner::NoRequest { task: None } | Owner::Unknown(_) => String::new(),
     };
     let at = user_line(&blame.stack).map(|line| {

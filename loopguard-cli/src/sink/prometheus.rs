@@ -218,7 +218,7 @@ impl Labels {
     fn of_owner(&mut self, owner: &Owner) -> [String; 2] {
         match owner {
             Owner::Request { request, .. } => self.of_request(request),
-            Owner::NoRequest { .. } => self.capped([String::new(), "(no request)".to_owned()]),
+            Owner::NoRequest { .. } | Owner::Task { .. } => self.capped([String::new(), "(no request)".to_owned()]),
             Owner::Unknown(_) => self.capped([String::new(), "(unknown)".to_owned()]),
         }
     }

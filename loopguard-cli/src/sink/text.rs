@@ -188,6 +188,7 @@ impl Look {
         let name = match &blame.owner {
             Owner::Request { request, .. } => self.request(request),
             Owner::NoRequest { task: Some(task) } => format!("no request: task {}", printable(task)),
+            Owner::Task { task } => format!("task {}, which read no request", printable(task)),
             Owner::NoRequest { task: None } => "no request: a callback, or the loop itself".to_owned(),
             Owner::Unknown(why) => return format!("request unknown: {why}"),
         };
@@ -487,7 +488,7 @@ fn short_name(request: &RequestFacts) -> String {
 fn owner_name(owner: &Owner) -> String {
     match owner {
         Owner::Request { request, .. } => short_name(request),
-        Owner::NoRequest { task: Some(task) } => format!("task {}", printable(task)),
+        Owner::NoRequest { task: Some(task) } | Owner::Task { task } => format!("task {}", printable(task)),
         Owner::NoRequest { task: None } => "(no request)".to_owned(),
         Owner::Unknown(_) => "(request unknown)".to_owned(),
     }
@@ -571,6 +572,7 @@ mod tests {
         let told = [
             told(Owner::NoRequest { task }, Attribution::Exact, example::library_stack()),
             told(Owner::NoRequest { task: None }, Attribution::Inferred, Default::default()),
+            told(Owner::Task { task: "resize (task 9)".to_owned() }, Attribution::Inferred, Default::default()),
             told(Owner::Unknown("nothing was captured while it ran"), Attribution::Unknown, Default::default()),
             told(request, Attribution::Inferred, example::stack()),
         ];
@@ -579,6 +581,9 @@ mod tests {
         |    in site-packages/orjson/core.py:5 dumps, no user code on the stack
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
         |+1.235s  52.3 ms  no request: a callback, or the loop itself  (inferred)
+        |    line unknown: no stack was captured
+        |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
+        |+1.235s  52.3 ms  task resize (task 9), which read no request  (inferred)
         |    line unknown: no stack was captured
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
         |+1.235s  52.3 ms  request unknown: nothing was captured while it ran

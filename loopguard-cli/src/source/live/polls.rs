@@ -159,8 +159,8 @@ impl Live {
             return Owner::Unknown("no tokio");
         };
         let name = known.tokio.task_name(task_type, id);
-        // A task that never read a request is none's: a background task, or one whose parent is not known.
-        let Some(trail) = trail else { return Owner::NoRequest { task: Some(name) } };
+        // A background task, or one whose parent is not known.
+        let Some(trail) = trail else { return Owner::Task { task: name } };
         match http::current(&of_record(trail)) {
             Ok(head) => Owner::Request {
                 request: Arc::new(RequestFacts {

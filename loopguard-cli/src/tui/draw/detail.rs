@@ -153,6 +153,7 @@ fn facts(block: &Seen, pen: &Pen) -> Vec<Vec<Piece>> {
             let task = task.as_deref().unwrap_or("(none: a callback, or the loop itself)");
             lines.push(fact("task", task).into());
         }
+        Owner::Task { task } => lines.push(fact("task", task).into()),
         Owner::Unknown(why) => lines.push(fact("request unknown:", why).into()),
     }
     let how = match block.blame().how() {

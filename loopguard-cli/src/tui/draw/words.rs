@@ -14,7 +14,7 @@ pub fn owner(blame: &Blame) -> String {
 pub fn owner_name(owner: &Owner) -> String {
     match owner {
         Owner::Request { request, .. } => format!("{} {}", request.method.as_deref().unwrap_or("?"), request.path),
-        Owner::NoRequest { task: Some(task) } => format!("(no request) task {task}"),
+        Owner::NoRequest { task: Some(task) } | Owner::Task { task } => format!("(no request) task {task}"),
         Owner::NoRequest { task: None } => "(no request)".to_owned(),
         Owner::Unknown(_) => "(request unknown)".to_owned(),
     }

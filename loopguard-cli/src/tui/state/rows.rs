@@ -145,6 +145,7 @@ fn in_block(block: &Seen, has: &dyn Fn(&str) -> bool) -> bool {
                 || [&request.route, &request.client, &request.trace_id].into_iter().flatten().any(|text| has(text))
         }
         Owner::NoRequest { task } => has("no request") || task.as_deref().is_some_and(has),
+        Owner::Task { task } => has("no request") || has(task),
         Owner::Unknown(why) => has("request unknown") || has(why),
     };
     in_owner

@@ -162,7 +162,7 @@ pub fn shop() -> Dashboard {
 fn victims(names: &[&str], ns: u64) -> Victims {
     let request = |name: &&str| match owner(name) {
         Owner::Request { request, .. } => request,
-        Owner::NoRequest { .. } | Owner::Unknown(_) => unreachable!(),
+        Owner::NoRequest { .. } | Owner::Task { .. } | Owner::Unknown(_) => unreachable!(),
     };
     let count = names.len() as u64;
     Victims { count, delay_ns: count * ns, requests: names.iter().map(request).collect(), unread: 0 }
