@@ -16,12 +16,25 @@ const FOUND: u8 = 1;
 const FAILED: u8 = 2;
 
 fn main() -> ExitCode {
+    give_memory_back();
     match run() {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("loopguard: {}", printable(&plain(&format!("{error:#}"))));
             ExitCode::from(FAILED)
         }
+    }
+}
+
+/// Most of what loopguard ever allocates is needed while it attaches: the kernel's types, symbol tables. glibc would keep
+/// that for later, once for each thread (mallopt(3)); a profiler beside a server gives it back.
+fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    for (parameter, value) in
+        [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, 128 << 10), (libc::M_TRIM_THRESHOLD, 4 << 20)]
+    {
+        // SAFETY: no memory of ours is involved, and no other thread runs yet.
+        unsafe { libc::mallopt(parameter, value) };
     }
 }
 

@@ -16,11 +16,11 @@ const WATCHED_WORDS: u32 = 1024;
 
 /// Everything for user space.
 #[map]
-pub static RECORDS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
+pub static RECORDS: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
 
 /// Stack pages, apart from the records: they are a hundred times as large and must not push those out.
 #[map]
-pub static STACKS: RingBuf = RingBuf::with_byte_size(16 << 20, 0);
+pub static STACKS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 
 /// The last stack copied on each thread, one entry a page; user space sizes it at load.
 #[map]

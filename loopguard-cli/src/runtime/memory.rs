@@ -3,9 +3,9 @@
 //! Everything read is the target's own: it may change between two reads and may be hostile. Reads are exact (all bytes
 //! or a [`Fault`]), bounded, and never stop the target.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use loopguard_common::walk::Memory;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -131,6 +131,132 @@ unsafe fn read_process(pid: u32, address: u64, to: *mut u8, length: usize) -> is
     let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: length };
     // SAFETY: `local` describes memory of ours, by the caller's promise; `remote` is only an address to the kernel.
     unsafe { libc::process_vm_readv(pid as libc::pid_t, &local, 1, &remote, 1, 0) }
+}
+
+/// Bytes of a page: what is or isn't mapped as a whole.
+const PAGE: usize = 4096;
+/// Pages kept at a time.
+const MAX_PAGES: usize = 256;
+/// Reads from this size on are not worth keeping.
+const LARGE_READ: usize = 4 * PAGE;
+
+/// The memory of a live process; during a [`Glance`] every page is read once.
+///
+/// One look follows hundreds of pointers, and most lead to a few pages: a system call for each of them costs far more
+/// than the bytes.
+#[derive(Debug)]
+pub struct GlancedMemory {
+    memory: ProcessMemory,
+    kept: Mutex<KeptPages>,
+}
+
+/// The pages of one look, one after the other.
+#[derive(Debug, Default)]
+struct KeptPages {
+    is_looking: bool,
+    at: HashMap<u64, usize>,
+    bytes: Vec<u8>,
+}
+
+impl KeptPages {
+    fn page(&mut self, memory: &ProcessMemory, page: u64) -> Result<&[u8], Fault> {
+        let at = match self.at.get(&page) {
+            Some(&at) => at,
+            None => {
+                if self.at.len() >= MAX_PAGES {
+                    self.clear();
+                }
+                let at = self.bytes.len();
+                self.bytes.resize(at + PAGE, 0);
+                if let Err(fault) = memory.read_exact(page, &mut self.bytes[at..]) {
+                    self.bytes.truncate(at);
+                    return Err(fault);
+                }
+                self.at.insert(page, at);
+                at
+            }
+        };
+        Ok(&self.bytes[at..at + PAGE])
+    }
+
+    fn clear(&mut self) {
+        self.at.clear();
+        self.bytes.clear();
+    }
+
+    /// Hands `length` bytes at `address` to `take`, in pieces, each with its place among them.
+    fn read(
+        &mut self,
+        memory: &ProcessMemory,
+        address: u64,
+        length: usize,
+        mut take: impl FnMut(usize, &[u8]),
+    ) -> Result<(), Fault> {
+        let mut done = 0;
+        while done < length {
+            let at = address.wrapping_add(done as u64);
+            let offset = at as usize % PAGE;
+            let piece = (length - done).min(PAGE - offset);
+            let page = self.page(memory, at - offset as u64).map_err(|fault| match fault {
+                Fault::Unmapped { .. } => Fault::Unmapped { address, length },
+                other => other,
+            })?;
+            take(done, &page[offset..offset + piece]);
+            done += piece;
+        }
+        Ok(())
+    }
+}
+
+impl GlancedMemory {
+    fn kept(&self) -> MutexGuard<'_, KeptPages> {
+        self.kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl From<ProcessMemory> for GlancedMemory {
+    fn from(memory: ProcessMemory) -> Self {
+        Self { memory, kept: Mutex::default() }
+    }
+}
+
+impl TargetMemory for GlancedMemory {
+    fn read_exact(&self, address: u64, to: &mut [u8]) -> Result<(), Fault> {
+        let mut kept = self.kept();
+        if !kept.is_looking || to.len() >= LARGE_READ {
+            return self.memory.read_exact(address, to);
+        }
+        kept.read(&self.memory, address, to.len(), |at, piece| to[at..at + piece.len()].copy_from_slice(piece))
+    }
+}
+
+impl Memory for GlancedMemory {
+    unsafe fn read_raw(&self, address: u64, to: *mut u8, length: usize) -> bool {
+        let mut kept = self.kept();
+        if !kept.is_looking || length >= LARGE_READ {
+            // SAFETY: the caller's promise.
+            return unsafe { self.memory.read_raw(address, to, length) };
+        }
+        let take = |at: usize, piece: &[u8]| {
+            // SAFETY: pieces lie within `length`, and by the caller's promise `to` takes as many.
+            unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), to.add(at), piece.len()) };
+        };
+        kept.read(&self.memory, address, length, take).is_ok()
+    }
+}
+
+/// One look at a process: what it reads is of one instant or little later, and forgotten when this is dropped.
+#[derive(Debug)]
+pub struct Glance<'a>(Option<&'a GlancedMemory>);
+
+impl Drop for Glance<'_> {
+    fn drop(&mut self) {
+        if let Some(memory) = self.0 {
+            let mut kept = memory.kept();
+            kept.is_looking = false;
+            kept.clear();
+        }
+    }
 }
 
 /// Hands reads on to another memory and remembers what came back.
@@ -263,9 +389,26 @@ fn decode_hex(hex: &[u8]) -> Option<Vec<u8>> {
 /// Where an interpreter's memory comes from.
 #[derive(Debug)]
 pub enum Source {
-    Live(ProcessMemory),
+    Live(GlancedMemory),
     Recording(Recorder<ProcessMemory>),
     Recorded(RecordedMemory),
+}
+
+impl Source {
+    /// From now on each page is read once, until the glance is dropped. Inside another glance it is that one that counts.
+    pub fn glance(&self) -> Glance<'_> {
+        let Self::Live(memory) = self else { return Glance(None) };
+        let mut kept = memory.kept();
+        let is_outermost = !std::mem::replace(&mut kept.is_looking, true);
+        Glance(is_outermost.then_some(memory))
+    }
+
+    /// What is read from now on is read anew, within a glance too.
+    pub fn look_again(&self) {
+        if let Self::Live(memory) = self {
+            memory.kept().clear();
+        }
+    }
 }
 
 impl TargetMemory for Source {
@@ -306,6 +449,29 @@ mod tests {
         assert_eq!(here.c_string(address, 2).unwrap(), "le");
         assert_eq!(here.u64(8), Err(Fault::Unmapped { address: 8, length: 8 }));
         assert_eq!(ProcessMemory { pid: u32::MAX >> 2 }.u64(address), Err(Fault::Gone));
+    }
+
+    #[test]
+    fn a_glance_reads_every_page_once() {
+        let source = Source::Live(ProcessMemory { pid: std::process::id() }.into());
+        let mut bytes = vec![1u8; 3 * PAGE];
+        let address = bytes.as_ptr() as u64;
+        let read = |at: usize| source.bytes(address + at as u64, 16).unwrap();
+        {
+            let _glance = source.glance();
+            let across = PAGE - address as usize % PAGE - 8;
+            assert_eq!(read(across), [1; 16]);
+            bytes[across..across + 16].fill(2);
+            // As it was, in an inner glance and after it too.
+            drop(source.glance());
+            assert_eq!(read(across), [1; 16]);
+            source.look_again();
+            assert_eq!(read(across), [2; 16]);
+            bytes.fill(3);
+            assert_eq!(source.bytes(address, 2 * PAGE + 100).unwrap().len(), 2 * PAGE + 100);
+            assert_eq!(source.u64(8), Err(Fault::Unmapped { address: 8, length: 8 }));
+        }
+        assert_eq!(read(0), [3; 16]);
     }
 
     #[test]

@@ -12,8 +12,8 @@ use crate::runtime::memory::TargetMemory;
 
 /// Code objects kept at a time; a large server runs some thousands.
 const MAX_CODES: usize = 16384;
-/// Different lines of one code object kept at a time.
-const MAX_LINES: usize = 256;
+/// Different places in one code object kept at a time.
+const MAX_PLACES: usize = 256;
 const MAX_NAME: usize = 512;
 const MAX_PATH: usize = 4096;
 /// The largest location table that is read, in bytes.
@@ -33,7 +33,8 @@ pub(super) struct Code {
     first_line: u32,
     line_table: Vec<u8>,
     pub scope: ScopeIn,
-    frames: HashMap<Option<u32>, Arc<Frame>>,
+    /// By the instruction's distance from the code object.
+    frames: HashMap<u64, Arc<Frame>>,
 }
 
 /// Where a function's frame may hold an ASGI scope.
@@ -79,21 +80,23 @@ impl Codes {
             return Some(self.unknown.clone());
         };
         let start = address.wrapping_add(interpreter.offsets.code_adaptive);
-        let line = code.line(raw.instr.wrapping_sub(start) as i64);
-        if code.frames.len() >= MAX_LINES {
+        let offset = raw.instr.wrapping_sub(start);
+        if let Some(frame) = code.frames.get(&offset) {
+            return Some(frame.clone());
+        }
+        if code.frames.len() >= MAX_PLACES {
             code.frames.clear();
         }
-        let frame = code.frames.entry(line).or_insert_with(|| {
-            Arc::new(Frame {
-                kind: FrameKind::Python,
-                origin: code.origin,
-                function: code.function.to_string(),
-                file: Some(code.file.to_string()),
-                line,
-                module: None,
-            })
+        let frame = Arc::new(Frame {
+            kind: FrameKind::Python,
+            origin: code.origin,
+            function: code.function.to_string(),
+            file: Some(code.file.to_string()),
+            line: code.line(offset as i64),
+            module: None,
         });
-        Some(frame.clone())
+        code.frames.insert(offset, frame.clone());
+        Some(frame)
     }
 
     /// The code object at `address`: the one with this fingerprint, or the one that is there now.
@@ -103,7 +106,9 @@ impl Codes {
             None => interpreter.code_fingerprint(address)?,
         };
         if self.known.get(&address).is_none_or(|code| code.fingerprint != expected) {
+            interpreter.memory.look_again();
             let code = interpreter.read_code(address)?;
+            interpreter.memory.look_again();
             // Once more: it may have been replaced while it was read.
             if code.fingerprint != expected || interpreter.code_fingerprint(address)? != expected {
                 return Err(Fault::Unexpected { address, expected: "the code object that ran" });

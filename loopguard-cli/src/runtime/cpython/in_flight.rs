@@ -60,8 +60,7 @@ impl Interpreter {
     /// Before 3.14: all tasks of all loops are in a `WeakSet` of the module `asyncio.tasks`.
     fn tasks_in_set(&self, thread: &PyThreadInfo) -> Result<Tasks, Fault> {
         let mut found = Tasks { tasks: Vec::new(), unread: 0 };
-        let name = if self.version.minor == 11 { "_all_tasks" } else { "_scheduled_tasks" };
-        let Some(weak_set) = self.asyncio_tasks_global(thread.interpreter, name)? else { return Ok(found) };
+        let Some(weak_set) = self.all_tasks(thread.interpreter)? else { return Ok(found) };
         let Some(set) = self.attribute(weak_set, "data")? else { return Ok(found) };
         let running = self.running_loop(thread)?;
         let slots = self.memory.field(set, SET_MASK)?.saturating_add(1).min(MAX_SLOTS) as usize;
@@ -86,6 +85,18 @@ impl Interpreter {
             found.tasks.push(task);
         }
         Ok(found)
+    }
+
+    /// The `WeakSet` that `asyncio.tasks` keeps as long as the module lives.
+    fn all_tasks(&self, interpreter: u64) -> Result<Option<u64>, Fault> {
+        if let Some(&known) = self.all_tasks.get()
+            && self.type_name(known)? == "WeakSet"
+        {
+            return Ok(Some(known));
+        }
+        let name = if self.version.minor == 11 { "_all_tasks" } else { "_scheduled_tasks" };
+        let Some(set) = self.asyncio_tasks_global(interpreter, name)? else { return Ok(None) };
+        Ok(Some(*self.all_tasks.get_or_init(|| set)))
     }
 
     fn is_weak_reference(&self, object: u64) -> bool {

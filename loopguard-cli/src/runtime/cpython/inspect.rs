@@ -64,12 +64,15 @@ impl Inspector {
     /// `running_task` is what the capture says (3.14 on). Before 3.14 that is 0 and the target is read, so the answer
     /// belongs to the capture only as long as the step it was taken in still runs.
     pub fn current_task(&mut self, thread: &PyThreadInfo, running_task: u64) -> Result<Option<TaskFacts>, NotTold> {
+        let _glance = self.interpreter.memory.glance();
         let task = self.interpreter.current_task(thread, running_task)?;
         Ok(task.map(|task| self.interpreter.task_facts(task)))
     }
 
     /// The requests that have a task on the event loop a thread runs, each once; and how many tasks could not be read.
     pub fn requests_in_flight(&mut self, thread: &PyThreadInfo) -> Result<(Vec<RequestFacts>, u32), NotTold> {
+        let interpreter = self.interpreter.clone();
+        let _glance = interpreter.memory.glance();
         let seen = self.interpreter.tasks_of_loop(thread).map_err(|_| NotTold::Unreadable)?;
         let mut unread = seen.unread;
         let mut requests: Vec<RequestFacts> = Vec::new();
@@ -93,6 +96,8 @@ impl Inspector {
 
     /// The request that a live task works for, by its own coroutines or by those that await it; `Ok(None)`: none.
     pub fn request_of_task(&mut self, task: u64) -> Result<Option<RequestFacts>, NotTold> {
+        let interpreter = self.interpreter.clone();
+        let _glance = interpreter.memory.glance();
         match self.interpreter.request_of_task(&mut self.codes, task)? {
             Some(snapshot) => self.request(&snapshot).map(Some).ok_or(NotTold::Unreadable),
             None => Ok(None),

@@ -132,11 +132,13 @@ pub struct Interpreter {
     str_shift: OnceLock<u32>,
     /// Address of the dict of running tasks by event loop; before 3.14.
     current_tasks: OnceLock<u64>,
+    /// Address of the set of all tasks; before 3.14.
+    all_tasks: OnceLock<u64>,
 }
 
 /// Locates the CPython interpreter of a process and checks that it can be read.
 pub fn find(pid: u32) -> Result<Interpreter, NotUsable> {
-    locate(pid, Source::Live(ProcessMemory { pid }))
+    locate(pid, Source::Live(ProcessMemory { pid }.into()))
 }
 
 /// Like [`find`], and remembers everything that is read for [`Interpreter::image`].
@@ -288,6 +290,7 @@ impl Interpreter {
             asyncio: OnceLock::new(),
             str_shift: OnceLock::new(),
             current_tasks: OnceLock::new(),
+            all_tasks: OnceLock::new(),
         })
     }
 

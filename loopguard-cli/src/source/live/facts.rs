@@ -247,6 +247,7 @@ impl Live {
         if let (Some(thread), Some(python)) = (thread, python) {
             let mut scratch = Scratch::default();
             let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
+            let _glance = memory.glance();
             walk_frames(memory, &layout, thread.walked(), &mut scratch, &mut record);
             snapshot_request(memory, &layout, &mut scratch, &mut record.request);
             whole = record.walk == WalkStatus::Complete as u32;
