@@ -1,5 +1,6 @@
 //! Owns the kernel programs: loads them, tells them what to watch, and reads their maps.
 
+mod multi;
 mod polls;
 mod requests;
 
@@ -207,11 +208,13 @@ impl Kernel {
             Talk::Debug => Some(EbpfLogger::init_with_logger(&mut bpf, ToStandardError).context("read the log")?),
             Talk::Silent => None,
         };
+        let maps = multi::Maps::of(&bpf).context("duplicate the maps")?;
         let rings = Rings {
             records: RingBuf::try_from(take_map(&mut bpf, "RECORDS")?)?,
             stacks: RingBuf::try_from(take_map(&mut bpf, "STACKS")?)?,
         };
         let mut kernel = Self {
+            polls: PollProbes::new(&mut bpf, maps)?,
             watched: take_map(&mut bpf, "WATCHED")?.try_into()?,
             processes: take_map(&mut bpf, "PROCESSES")?.try_into()?,
             layouts: take_map(&mut bpf, "LAYOUTS")?.try_into()?,
@@ -227,7 +230,6 @@ impl Kernel {
             requests: RequestMaps::take(&mut bpf)?,
             samplers: StdHashMap::new(),
             step_probes: StdHashMap::new(),
-            polls: PollProbes::new(&mut bpf)?,
             bpf,
         };
         kernel.attach_everywhere(&btf, switch).map_err(explain)?;
@@ -426,7 +428,7 @@ impl Kernel {
     /// CPU time of all programs while the kernel's statistics were on (see [`measure_run_time`]).
     pub fn run_time(&self) -> Duration {
         let infos = self.bpf.programs().filter_map(|(_, program)| program.info().ok());
-        infos.map(|info| info.run_time()).sum()
+        infos.map(|info| info.run_time()).chain(self.poll_figures().map(|(_, run_time, _)| run_time)).sum()
     }
 
     fn mark(&mut self, id: u32, watch: bool) -> Result<()> {
@@ -492,10 +494,13 @@ pub fn measure_run_time() -> Option<OwnedFd> {
 pub fn try_load() -> Result<Option<(String, u32)>> {
     let short = ShortPace { floor_ns: u64::MAX, window_ns: u64::MAX, enough_ns: u64::MAX };
     let pace = Pace { threshold_ns: u64::MAX, capture_age_ns: u64::MAX, sample_every_ns: None, stack_pages: 1, short };
-    let (kernel, _) = Kernel::load(pace, Talk::Silent)?;
+    // The programs of polls are loaded later and use the rings too.
+    let (mut kernel, _rings) = Kernel::load(pace, Talk::Silent)?;
+    kernel.load_polls().map_err(explain)?;
     let programs = kernel.bpf.programs();
     let verified = programs
-        .filter_map(|(name, program)| Some((name.to_owned(), program.info().ok()?.verified_instruction_count()?)));
+        .filter_map(|(name, program)| Some((name.to_owned(), program.info().ok()?.verified_instruction_count()?)))
+        .chain(kernel.poll_figures().map(|(name, _, instructions)| (name.to_owned(), instructions)));
     Ok(verified.max_by_key(|(_, instructions)| *instructions))
 }
 

@@ -1,6 +1,6 @@
 //! Probes the polls of tokio's tasks, and reads what the kernel programs know of them.
 
-use std::{collections::HashMap as StdHashMap, num::NonZeroU32, path::Path, thread};
+use std::{collections::HashMap as StdHashMap, num::NonZeroU32, os::fd::OwnedFd, path::Path, thread, time::Duration};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -17,7 +17,11 @@ use loopguard_common::{
     worker::{PLACE_MARKED, PLACE_REPORTED, PollCookie, ReturnPlace, Worker},
 };
 
-use super::{Kernel, TRACEFS, program_mut, take_map};
+use super::{
+    Kernel, OBJECT, TRACEFS,
+    multi::{self, Place},
+    program_mut, take_map,
+};
 use crate::{
     core::event::Tid,
     runtime::{
@@ -31,6 +35,7 @@ const RETURN: &str = "on_task_return";
 /// What tells which threads a poll wakes and starts: loaded with everything else, attached where tokio is.
 pub const WAKES: [(&str, &str); 2] = [("on_sched_waking", "sched_waking"), ("on_sched_wakeup_new", "sched_wakeup_new")];
 const BLOCKING: &str = "on_blocking_task";
+const PROBES: [&str; 3] = [POLL, RETURN, BLOCKING];
 /// The system calls with which connections are read and written, by the program that looks at their ends.
 const TRANSFERS: [(&str, &str); 6] = [
     ("on_read", "recvfrom"),
@@ -45,22 +50,39 @@ pub struct PollProbes {
     workers: Array<MapData, Worker>,
     trails: HashMap<MapData, TaskKey, Trail>,
     returns: HashMap<MapData, ReturnPlace, u32>,
-    are_loaded: bool,
+    maps: multi::Maps,
+    way: Option<Way>,
     /// By process: what is attached while its polls are marked.
-    marked: StdHashMap<u32, Vec<UProbeLink>>,
+    marked: StdHashMap<u32, Vec<Placed>>,
     /// By process: what stays.
-    blocking: StdHashMap<u32, Vec<UProbeLink>>,
+    blocking: StdHashMap<u32, Vec<Placed>>,
     /// Attached while the polls of any process are marked.
     transfers: Vec<(&'static str, TracePointLinkId)>,
 }
 
+/// How probes are attached.
+enum Way {
+    /// All of a program by one link.
+    Together(Box<[(&'static str, multi::Program)]>),
+    /// Each by its own.
+    OneByOne,
+}
+
+/// Probes that stay until this is dropped.
+#[expect(dead_code, reason = "what they hold is only dropped")]
+enum Placed {
+    Together(OwnedFd),
+    One(UProbeLink),
+}
+
 impl PollProbes {
-    pub fn new(bpf: &mut Ebpf) -> Result<Self> {
+    pub fn new(bpf: &mut Ebpf, maps: multi::Maps) -> Result<Self> {
         Ok(Self {
+            maps,
             workers: take_map(bpf, "WORKERS")?.try_into()?,
             trails: take_map(bpf, "TRAILS")?.try_into()?,
             returns: take_map(bpf, "RETURNS")?.try_into()?,
-            are_loaded: false,
+            way: None,
             marked: StdHashMap::new(),
             blocking: StdHashMap::new(),
             transfers: Vec::new(),
@@ -72,22 +94,28 @@ impl PollProbes {
     }
 }
 
-/// Removes probes aside: the kernel takes about a tenth of a second for each, one after the other, and the loops are to
-/// be watched meanwhile.
-fn remove(probes: Vec<UProbeLink>) {
+/// Removes probes aside: the kernel takes about a tenth of a second for each link, one after the other, and the loops
+/// are to be watched meanwhile.
+fn remove(probes: Vec<Placed>) {
     thread::spawn(move || drop(probes));
 }
 
 impl Kernel {
     /// Loads the programs that only processes with tokio need.
-    fn load_polls(&mut self) -> Result<()> {
-        if self.polls.are_loaded {
+    pub fn load_polls(&mut self) -> Result<()> {
+        if self.polls.way.is_some() {
             return Ok(());
         }
-        for name in [POLL, RETURN, BLOCKING] {
-            let program: &mut UProbe = program_mut(&mut self.bpf, name)?.try_into()?;
-            program.load().with_context(|| format!("load the program {name}"))?;
-        }
+        let way = match self.load_together() {
+            Some(programs) => Way::Together(programs),
+            None => {
+                for name in PROBES {
+                    let program: &mut UProbe = program_mut(&mut self.bpf, name)?.try_into()?;
+                    program.load().with_context(|| format!("load the program {name}"))?;
+                }
+                Way::OneByOne
+            }
+        };
         for name in ["on_read", "on_write"] {
             let program: &mut TracePoint = program_mut(&mut self.bpf, name)?.try_into()?;
             program.load().with_context(|| format!("load the program {name}"))?;
@@ -96,8 +124,28 @@ impl Kernel {
             let program: &mut BtfTracePoint = program_mut(&mut self.bpf, name)?.try_into()?;
             program.attach().with_context(|| format!("attach {tracepoint}"))?;
         }
-        self.polls.are_loaded = true;
+        self.polls.way = Some(way);
         Ok(())
+    }
+
+    /// For links that the kernel may not have; the other way works, or says why not.
+    fn load_together(&self) -> Option<Box<[(&'static str, multi::Program)]>> {
+        let programs = multi::Programs::new(OBJECT, &self.polls.maps).ok()?;
+        let loaded = PROBES.into_iter().map(|name| Some((name, programs.load(name).ok()?)));
+        let loaded = loaded.collect::<Option<Box<[_]>>>()?;
+        loaded.first()?.1.attaches_to_whole_processes().then_some(loaded)
+    }
+
+    /// The programs among these that aya knows nothing of: name, CPU time, and what the verifier had to look at.
+    pub(super) fn poll_figures(&self) -> impl Iterator<Item = (&'static str, Duration, u32)> {
+        let programs = match &self.polls.way {
+            Some(Way::Together(programs)) => &programs[..],
+            Some(Way::OneByOne) | None => &[],
+        };
+        programs.iter().filter_map(|(name, program)| {
+            let (run_time, instructions) = program.figures().ok()?;
+            Some((*name, run_time, instructions))
+        })
     }
 
     /// Probes where tasks of the blocking pool begin; they stay, since they only cost where such tasks run.
@@ -106,8 +154,9 @@ impl Kernel {
         if self.polls.blocking.contains_key(&pid) {
             return Ok(());
         }
-        let links = sites.iter().map(|site| self.attach_probe(BLOCKING, pid, (site, 0))).collect::<Result<Vec<_>>>()?;
-        self.polls.blocking.insert(pid, links);
+        let sites: Vec<_> = sites.iter().map(|site| (site, 0)).collect();
+        let placed = self.attach_probes(BLOCKING, pid, &sites)?;
+        self.polls.blocking.insert(pid, placed);
         Ok(())
     }
 
@@ -119,34 +168,58 @@ impl Kernel {
         }
         self.polls.marked.insert(pid, Vec::new());
         self.watch_transfers()?;
-        for (address, site) in returns {
-            self.mark_return(pid, *address, site)?;
-        }
-        for poll in polls {
-            let cookie = PollCookie { task_type: poll.task, id_offset: poll.id_offset, stack_down: poll.stack_down };
-            let link = self.attach_probe(POLL, pid, (&poll.site, cookie.word()))?;
-            self.polls.marked.entry(pid).or_default().push(link);
+        self.mark_returns(pid, returns)?;
+        let cookie = |poll: &PollSite| PollCookie {
+            task_type: poll.task,
+            id_offset: poll.id_offset,
+            stack_down: poll.stack_down,
+        };
+        let sites: Vec<_> = polls.iter().map(|poll| (&poll.site, cookie(poll).word())).collect();
+        let placed = self.attach_probes(POLL, pid, &sites)?;
+        self.polls.marked.entry(pid).or_default().extend(placed);
+        Ok(())
+    }
+
+    /// Probes where polls end, each by the address that they return to. From then on such polls are steps.
+    pub fn mark_returns(&mut self, pid: u32, returns: &[(u64, ReturnSite)]) -> Result<()> {
+        let sites: Vec<_> = returns.iter().map(|(_, end)| (&end.site, i64::from(end.stack_down) as u64)).collect();
+        let placed = self.attach_probes(RETURN, pid, &sites)?;
+        self.polls.marked.entry(pid).or_default().extend(placed);
+        for (address, _) in returns {
+            let place = ReturnPlace { address: *address, tgid: pid, _pad: 0 };
+            let known = self.polls.returns.get(&place, 0).unwrap_or(PLACE_REPORTED);
+            self.polls.returns.insert(place, known | PLACE_MARKED, 0)?;
         }
         Ok(())
     }
 
-    /// Probes where polls end that return to `address`. From then on such polls are steps.
-    pub fn mark_return(&mut self, pid: u32, address: u64, site: &ReturnSite) -> Result<()> {
-        let cookie = i64::from(site.stack_down) as u64;
-        let link = self.attach_probe(RETURN, pid, (&site.site, cookie))?;
-        self.polls.marked.entry(pid).or_default().push(link);
-        let place = ReturnPlace { address, tgid: pid, _pad: 0 };
-        let known = self.polls.returns.get(&place, 0).unwrap_or(PLACE_REPORTED);
-        Ok(self.polls.returns.insert(place, known | PLACE_MARKED, 0)?)
-    }
-
-    fn attach_probe(&mut self, name: &str, pid: u32, (site, cookie): (&ProbeSite, u64)) -> Result<UProbeLink> {
+    /// Each with what the program is told there.
+    fn attach_probes(&mut self, name: &'static str, pid: u32, sites: &[(&ProbeSite, u64)]) -> Result<Vec<Placed>> {
+        let process = NonZeroU32::new(pid).context("pid 0 is the kernel's")?;
+        if let Some(Way::Together(programs)) = &self.polls.way {
+            let (_, program) =
+                programs.iter().find(|(known, _)| *known == name).with_context(|| format!("no program {name}"))?;
+            let place = |(site, cookie): &(&ProbeSite, u64)| Place { offset: site.offset, cookie: *cookie };
+            // All of a process's are in its program's file.
+            let of_one_file = sites.chunk_by(|(one, _), (other, _)| one.file == other.file);
+            return of_one_file
+                .map(|sites| {
+                    let places: Vec<Place> = sites.iter().map(place).collect();
+                    let link = program.attach(pid, &sites[0].0.file, &places);
+                    Ok(Placed::Together(link.with_context(|| format!("attach {name}"))?))
+                })
+                .collect();
+        }
         let program: &mut UProbe = program_mut(&mut self.bpf, name)?.try_into()?;
-        let scope = UProbeScope::OneProcess(NonZeroU32::new(pid).context("pid 0 is the kernel's")?);
-        let point =
-            UProbeAttachPoint { location: UProbeAttachLocation::AbsoluteOffset(site.offset), cookie: Some(cookie) };
-        let link = program.attach(point, &site.file, scope).with_context(|| format!("attach {name}"))?;
-        Ok(program.take_link(link)?)
+        let place = |(site, cookie): &(&ProbeSite, u64)| {
+            let point = UProbeAttachPoint {
+                location: UProbeAttachLocation::AbsoluteOffset(site.offset),
+                cookie: Some(*cookie),
+            };
+            let link = program.attach(point, &site.file, UProbeScope::OneProcess(process));
+            Ok(Placed::One(program.take_link(link.with_context(|| format!("attach {name}"))?)?))
+        };
+        sites.iter().map(place).collect()
     }
 
     fn watch_transfers(&mut self) -> Result<()> {

@@ -131,10 +131,10 @@ impl Live {
             return;
         }
         let placed = known.tokio.poll_return(record.address).and_then(|site| {
-            self.kernel
-                .mark_return(pid, record.address, &site)
-                .map(|()| known.returns.push((record.address, site)))
-                .map_err(|error| format!("{error:#}"))
+            let place = (record.address, site);
+            self.kernel.mark_returns(pid, std::slice::from_ref(&place)).map_err(|error| format!("{error:#}"))?;
+            known.returns.push(place);
+            Ok(())
         });
         if let Err(error) = placed {
             self.notices
