@@ -2,9 +2,10 @@
 //!
 //! [`space`] says which file an address is in ([`maps`], [`object`]), [`unwind`] follows the calls by what [`cfi`] reads,
 //! [`names`] names them and [`origin`] says whose they are, [`join`] puts the Python frames in their place. All of it runs
-//! on a thread of its own, behind [`naming`].
+//! on a thread of its own, behind [`naming`]; [`footprint`] keeps it small.
 
 mod cfi;
+mod footprint;
 pub mod join;
 mod maps;
 mod names;

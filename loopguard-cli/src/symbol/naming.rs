@@ -8,7 +8,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        mpsc::{self, Receiver, SyncSender, TrySendError},
+        mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError},
     },
     thread,
     time::{Duration, Instant},
@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use tokio::sync::Notify;
 
-use super::{NamedStack, RawStack, Stacks, object::Object, unwind::End};
+use super::{NamedStack, RawStack, Stacks, footprint, object::Object, unwind::End};
 use crate::core::{
     event::{Capture, Event, Stack},
     status::StackCounts,
@@ -29,6 +29,10 @@ const MAX_QUEUED: usize = 1024;
 const MAX_HELD: usize = 65_536;
 /// How long an event waits at most.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often pages of symbol files are let go of, while names are looked up.
+const TRIM_EVERY: Duration = Duration::from_secs(10);
+const FOREVER: Duration = Duration::from_secs(3600);
 
 const QUEUE_FULL: &str = "too many stacks waited to be named";
 const TOO_SLOW: &str = "naming its functions took too long";
@@ -232,7 +236,20 @@ fn mark(capture: &mut Capture, why: &'static str) {
 
 fn run(to_do: &Receiver<Work>, report: &mpsc::Sender<Done>, ready: &Notify) {
     let mut stacks = Stacks::default();
-    while let Ok(work) = to_do.recv() {
+    let mut trimmed = Instant::now();
+    let mut is_trimmed = true;
+    loop {
+        if !is_trimmed && trimmed.elapsed() >= TRIM_EVERY {
+            footprint::trim();
+            trimmed = Instant::now();
+            is_trimmed = true;
+        }
+        let work = match to_do.recv_timeout(if is_trimmed { FOREVER } else { TRIM_EVERY }) {
+            Ok(work) => work,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        is_trimmed = false;
         match work {
             Work::Prepare(pid) => {
                 let _ = guarded(&mut stacks, |stacks| stacks.prepare(pid));
