@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 use crate::options::{Detection, Gate, Monitoring};
+use crate::source::select::check_container_id;
 
 /// Says what blocks a live event loop: which request did it, on which line, and where the time went.
 ///
@@ -38,9 +39,21 @@ pub enum Command {
 #[derive(Clone, Debug, PartialEq, ClapArgs)]
 #[command(after_help = EXIT_CODES)]
 pub struct Attach {
-    /// Process to watch; give it several times for several processes
-    #[arg(long = "pid", value_name = "PID", required = true, value_parser = pid)]
+    /// Process to watch, with all its descendants; give it several times for several processes
+    #[arg(long = "pid", value_name = "PID", value_parser = pid)]
     pub pids: Vec<u32>,
+
+    /// Watch the processes of this name: a program, or the script or module that Python runs
+    #[arg(long = "name", value_name = "NAME")]
+    pub names: Vec<String>,
+
+    /// Watch the processes in this control group: a folder below /sys/fs/cgroup
+    #[arg(long = "cgroup", value_name = "PATH")]
+    pub cgroups: Vec<String>,
+
+    /// Watch the processes in this container: its id, or the beginning of it
+    #[arg(long = "container", value_name = "ID", value_parser = container)]
+    pub containers: Vec<String>,
 
     /// Stop after this time, 100ms to 30d [default: until Ctrl-C or the end of the target]
     #[arg(long, value_name = "TIME", value_parser = duration)]
@@ -159,6 +172,10 @@ fn pid(text: &str) -> Result<u32, String> {
     }
 }
 
+fn container(text: &str) -> Result<String, String> {
+    check_container_id(text).map(|()| text.to_ascii_lowercase())
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     match time(text)? {
         time if (MIN_DURATION..=MAX_DURATION).contains(&time) => Ok(time),
@@ -235,6 +252,9 @@ mod tests {
     fn attach_with_nothing_but_a_process() {
         let expected = Attach {
             pids: vec![12],
+            names: vec![],
+            cgroups: vec![],
+            containers: vec![],
             duration: None,
             steps: Steps::Auto,
             format: None,
@@ -252,11 +272,15 @@ mod tests {
 
     #[test]
     fn attach_with_everything() {
-        let line = "loopguard attach --pid 12 --pid 13 --threshold 10ms --duration 1.5m --steps off --format jsonl \
+        let line = "loopguard attach --pid 12 --pid 13 --name gunicorn --cgroup /system.slice/app.service \
+                    --container 0123456789AB --threshold 10ms --duration 1.5m --steps off --format jsonl \
                     --output out.jsonl --ascii --fail-on-blocking --debug-bpf --exclude-route /up --route-threshold /slow=1s \
                     --prometheus 127.0.0.1:9464 --junit junit.xml";
         let expected = Attach {
             pids: vec![12, 13],
+            names: vec!["gunicorn".to_owned()],
+            cgroups: vec!["/system.slice/app.service".to_owned()],
+            containers: vec!["0123456789ab".to_owned()],
             duration: Some(Duration::from_secs(90)),
             steps: Steps::Off,
             format: Some(Format::Jsonl),
@@ -286,7 +310,6 @@ mod tests {
     #[test]
     fn wrong_values_are_one_clear_sentence() {
         let errors = [
-            error("loopguard attach"),
             error("loopguard attach --pid 0"),
             error("loopguard attach --pid uvicorn"),
             error("loopguard attach --pid 99999999999999999999"),
@@ -306,8 +329,6 @@ mod tests {
             error("loopguard watch"),
         ];
         insta::assert_snapshot!(errors.join("\n"), @r"
-        error: the following required arguments were not provided:
-          --pid <PID>
         error: invalid value '0' for '--pid <PID>': a process id is a number from 1 to 4194304
         error: invalid value 'uvicorn' for '--pid <PID>': a process id is a number from 1 to 4194304
         error: invalid value '99999999999999999999' for '--pid <PID>': a process id is a number from 1 to 4194304
@@ -362,11 +383,20 @@ mod tests {
 
         Ctrl-C, --duration and the end of the target all end with the same summary.
 
-        Usage: loopguard attach [OPTIONS] --pid <PID>
+        Usage: loopguard attach [OPTIONS]
 
         Options:
               --pid <PID>
-                  Process to watch; give it several times for several processes
+                  Process to watch, with all its descendants; give it several times for several processes
+
+              --name <NAME>
+                  Watch the processes of this name: a program, or the script or module that Python runs
+
+              --cgroup <PATH>
+                  Watch the processes in this control group: a folder below /sys/fs/cgroup
+
+              --container <ID>
+                  Watch the processes in this container: its id, or the beginning of it
 
               --duration <TIME>
                   Stop after this time, 100ms to 30d [default: until Ctrl-C or the end of the target]

@@ -29,6 +29,7 @@ use crate::{
     source::{
         kernel::Talk,
         live::{Live, Options, Steps},
+        select::{Newcomers, Selection},
         target,
     },
     tui::screen::Wish,
@@ -36,6 +37,8 @@ use crate::{
 
 /// How often threads and processes are looked over.
 const REAP_EVERY: Duration = Duration::from_millis(200);
+/// How often processes are looked for that start later and belong to what was asked for.
+const NEWCOMERS_EVERY: Duration = Duration::from_secs(1);
 /// How often sinks get the live figures.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
 /// Steps that wait are looked at this many times within one threshold.
@@ -56,15 +59,27 @@ pub struct Outcome {
 
 /// Watches processes that run already.
 pub fn run(arguments: &args::Attach) -> Result<Outcome> {
+    if selection(arguments) == Selection::default() {
+        bail!("say which process to watch: --pid, --name, --cgroup or --container");
+    }
     for &pid in &arguments.pids {
         target::check(pid)?;
     }
     start(arguments, None)
 }
 
+fn selection(arguments: &args::Attach) -> Selection {
+    Selection {
+        pids: arguments.pids.clone(),
+        names: arguments.names.clone(),
+        cgroups: arguments.cgroups.clone(),
+        containers: arguments.containers.clone(),
+    }
+}
+
 /// Starts a command and watches it.
 pub fn run_command(arguments: &args::Run) -> Result<Outcome> {
-    if !arguments.attach.pids.is_empty() {
+    if selection(&arguments.attach) != Selection::default() {
         bail!("loopguard run starts its own process; use loopguard attach --pid for one that runs already");
     }
     let mut attach = arguments.attach.clone();
@@ -139,9 +154,10 @@ async fn follow(
     let mut stop = Stop::listen()?;
     let pids: BTreeSet<u32> = match &held {
         Some(held) => [held.pid].into(),
-        None => arguments.pids.iter().copied().collect(),
+        None => selection(arguments).find()?,
     };
     let mut live = Live::attach(&pids, options)?;
+    let mut newcomers = Newcomers::of(&selection(arguments));
     outputs.main.begin()?;
     let mut profile = Profile::new(settings);
     let mut events = Vec::new();
@@ -155,6 +171,8 @@ async fn follow(
     reap.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut status = interval(STATUS_EVERY);
     status.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut newcomer = interval(NEWCOMERS_EVERY);
+    newcomer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let far_away = Duration::from_secs(10 * 365 * 24 * 3600);
     let end = Instant::now() + arguments.duration.unwrap_or(far_away);
     let mut no_loop_hint = Some(Instant::now() + NO_LOOP_HINT);
@@ -177,7 +195,11 @@ async fn follow(
             live.set_threshold(tid, threshold_ns, told_from_ns)?;
         }
         if live.all_ended() {
-            outputs.main.say(if pids.len() == 1 { "the process has ended" } else { "the processes have ended" });
+            outputs.main.say(if live.watched_processes() == 1 {
+                "the process has ended"
+            } else {
+                "the processes have ended"
+            });
             break;
         }
         tokio::select! {
@@ -204,6 +226,15 @@ async fn follow(
                 let status = live.status();
                 events.extend(tick_counts(&status));
                 outputs.status(&status)?;
+            }
+            _ = newcomer.tick(), if newcomers.is_some() => {
+                for pid in newcomers.iter_mut().flat_map(Newcomers::look) {
+                    // One that cannot be watched, or is gone again, keeps nobody from watching the others.
+                    if let Err(error) = live.add_tree(pid) {
+                        outputs.main.say(&format!("process {pid} is not watched: {error:#}"));
+                    }
+                }
+                live.scan(&mut events)?;
             }
             _ = sleep_until(end) => break,
             told = stop.told() => match (told, &mut command) {

@@ -115,8 +115,9 @@ pub fn parse(line: Vec<OsString>, environment: &impl Environment) -> Result<Conf
 fn command() -> Command {
     let mut command = Args::command();
     for name in ["run", "config"] {
-        command = command
-            .mut_subcommand(name, |subcommand| subcommand.mut_arg("pids", |pids| pids.required(false).hide(true)));
+        for selected in ["pids", "names", "cgroups", "containers"] {
+            command = command.mut_subcommand(name, |subcommand| subcommand.mut_arg(selected, |arg| arg.hide(true)));
+        }
     }
     command.build();
     command
@@ -437,6 +438,7 @@ mod tests {
             "capture-after" => "9ms",
             "sample-every" => "4ms",
             "label-cap" => "50",
+            "container" => "0123456789ab",
             "stack-size" => "16KiB",
             "prometheus" => "127.0.0.1:9464",
             "duration" => "90s",
@@ -571,6 +573,5 @@ mod tests {
         let environment = variables(&[("LOOPGUARD_PID", "7"), ("LOOPGUARD_CONFIG", "/nowhere.toml")]);
         assert!(parsed("loopguard doctor", &environment).unwrap().effective.is_empty());
         assert!(parsed("loopguard watch", &environment).unwrap_err().contains("unrecognized subcommand"));
-        assert!(parsed("loopguard attach", &Variables::default()).unwrap_err().contains("--pid <PID>"));
     }
 }

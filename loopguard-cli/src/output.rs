@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     args::{self, Format},
-    core::event::{LoopInfo, StepMarks},
+    core::event::{LoopInfo, StepMarks, Worker},
     sink::{
         Sink,
         escape::printable,
@@ -99,8 +99,9 @@ impl Output {
             StepMarks::Exact => "exact steps",
             StepMarks::TicksOnly => "ticks only",
         };
+        let worker = info.worker.as_ref().and_then(Worker::name).map_or_else(String::new, |name| format!(" ({name})"));
         self.say(&format!(
-            "watching process {}, thread {} ({}): {runtime}, {language}, {steps}; threshold {} ms",
+            "watching process {}{worker}, thread {} ({}): {runtime}, {language}, {steps}; threshold {} ms",
             info.pid,
             info.tid,
             info.thread,

@@ -55,6 +55,15 @@ fn no_such_process() {
 }
 
 #[test]
+fn no_process_named() {
+    check_refused(&["attach"], &["say which process to watch", "--pid", "--name"]);
+    check_refused(
+        &["attach", "--name", "nothing-is-called-this"],
+        &["there is no process called nothing-is-called-this"],
+    );
+}
+
+#[test]
 fn values_out_of_range() {
     check_refused(&["attach", "--pid", "0"], &["process id"]);
     check_refused(&["attach", "--pid", "1", "--threshold", "0"], &["--threshold"]);

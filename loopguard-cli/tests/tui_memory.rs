@@ -52,7 +52,14 @@ const MIB: usize = 1 << 20;
 
 fn thread(number: u64) -> LoopInfo {
     let tid = 100 + (number % u64::from(THREADS)) as u32;
-    LoopInfo { pid: 99, tid, thread: "worker".to_owned(), runtime: Runtime::Uvloop, steps: StepMarks::Exact }
+    LoopInfo {
+        pid: 99,
+        tid,
+        thread: "worker".to_owned(),
+        runtime: Runtime::Uvloop,
+        worker: None,
+        steps: StepMarks::Exact,
+    }
 }
 
 /// No two blocks share a path, a line or what they waited on.

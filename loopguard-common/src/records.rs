@@ -29,6 +29,7 @@ pub enum RecordKind {
     RequestEnd = 18,
     Task = 8,
     TaskReturn = 9,
+    Process = 10,
 }
 
 #[repr(C)]
@@ -248,7 +249,43 @@ pub struct PollRecord {
     pub syscall: i32,
     /// Its timeout in milliseconds; 0: it does not wait. Of `epoll_pwait2` it is not known and says -1.
     pub timeout_ms: i32,
-    pub _pad: u32,
+    /// The slot in which the thread is watched since this poll, or [`NO_SLOT`].
+    pub slot: u32,
+}
+
+/// A process that ran already when loopguard came.
+pub const PROCESS_FOUND: u32 = 1;
+/// A process that was made by a watched one: its first polls are its loops'.
+pub const PROCESS_SINCE_BIRTH: u32 = 2;
+
+/// The thread is not watched from here on.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// What happened to a watched process or loop thread.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessChange {
+    /// It came into being as the child of another watched one; `header` is the child's.
+    Forked = 1,
+    /// It runs another program now.
+    Exec = 2,
+    /// The thread of `header` ended: a loop thread, or the process's first one.
+    Ended = 3,
+}
+
+/// A watched process has a child, runs another program, or ends.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessRecord {
+    pub header: RecordHeader,
+    pub at_ns: u64,
+    /// When the process was made, on the clock that goes on while the machine sleeps: with its id, this names a process
+    /// for ever. 0 where it was not read.
+    pub start_boottime_ns: u64,
+    /// A [`ProcessChange`].
+    pub change: u32,
+    /// The parent's tgid, for a child.
+    pub parent: u32,
 }
 
 /// Which task a long step polled and what its connection read; sent before the step.
@@ -363,6 +400,7 @@ const _: () = assert!(size_of::<StackPage>() == 32 + STACK_PAGE);
 const _: () = assert!(size_of::<PollRecord>() == 40);
 const _: () = assert!(size_of::<LoopThread>() == 88 + 24 + 8);
 const _: () = assert!(size_of::<TaskRecord>() == 16 + 24 + size_of::<Trail>());
+const _: () = assert!(size_of::<ProcessRecord>() == 40);
 
 use core::mem::offset_of;
 

@@ -8,6 +8,7 @@
 mod capture;
 mod maps;
 mod poll;
+mod process;
 mod request;
 mod sched;
 mod send;

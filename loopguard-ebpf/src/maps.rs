@@ -1,8 +1,9 @@
 //! The maps, and the way from a thread id to what is known of the thread.
 
 use aya_ebpf::{
+    bindings::BPF_NOEXIST,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, Queue, RingBuf},
 };
 use loopguard_common::{
     clock::LoopClock,
@@ -11,8 +12,8 @@ use loopguard_common::{
     walk::CaptureBuffer,
 };
 
-/// Words of the bit field over thread and process ids; ids that differ by a multiple of its bits share one.
-const WATCHED_WORDS: u32 = 1024;
+/// Entries for thread and process ids; ids that differ by a multiple of it share one.
+const WATCHED_IDS: u32 = 1 << 16;
 
 /// Everything for user space.
 #[map]
@@ -26,11 +27,12 @@ pub static STACKS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 #[map]
 pub static STACK_PAGES: Array<StackPage> = Array::with_max_entries(64, 0);
 
-/// One bit per watched thread or process id: what keeps the programs cheap for everything else on the machine.
+/// Not 0 for a watched thread or process id: what keeps the programs cheap for everything else on the machine. A word
+/// each, not a bit: these programs and user space change neighbours at the same time.
 #[map]
-static WATCHED: Array<u64> = Array::with_max_entries(WATCHED_WORDS, 0);
+static WATCHED: Array<u32> = Array::with_max_entries(WATCHED_IDS, 0);
 
-/// Processes whose new loop threads are wanted.
+/// Processes whose new loop threads are wanted: `PROCESS_*`.
 #[map]
 pub static PROCESSES: HashMap<u32, u32> = HashMap::with_max_entries(1024, 0);
 
@@ -42,7 +44,16 @@ pub static LAYOUTS: HashMap<u32, PyLayout> = HashMap::with_max_entries(1024, 0);
 #[map]
 static SLOTS: HashMap<u32, u32> = HashMap::with_max_entries(1024, 0);
 
-/// By slot; user space sizes these three at load.
+/// Slots that no thread has, their clocks clean; user space fills it. First in, first out: a slot rests before it is
+/// another thread's.
+#[map]
+static FREE_SLOTS: Queue<u32> = Queue::with_max_entries(64, 0);
+
+/// What a thread begins with that is watched from here: its only entry is filled in by user space.
+#[map]
+static NEW_THREAD: Array<LoopThread> = Array::with_max_entries(1, 0);
+
+/// By slot; user space sizes these three and the free slots at load.
 #[map]
 static THREADS: Array<LoopThread> = Array::with_max_entries(64, 0);
 #[map]
@@ -50,7 +61,11 @@ static CLOCKS: Array<LoopClock> = Array::with_max_entries(64, 0);
 #[map]
 static CAPTURES: Array<CaptureBuffer> = Array::with_max_entries(64, 0);
 
-/// When a thread's unknown poll was last reported, by tid.
+/// When a thread that runs requests and is not watched was last reported, by tid.
+#[map]
+pub static REPORTED_THREADS: LruHashMap<u32, u64> = LruHashMap::with_max_entries(1024, 0);
+
+/// When a thread's poll of a descriptor that is not known as its loop's was last reported, by tid.
 #[map]
 pub static REPORTED_POLLS: LruHashMap<u32, u64> = LruHashMap::with_max_entries(1024, 0);
 
@@ -64,13 +79,39 @@ pub struct Watched {
     pub clock: &'static mut LoopClock,
 }
 
-/// Whether `id` may be watched: a bit test that says no for nearly everything that is not.
+/// Whether `id` may be watched: a look that says no for nearly everything that is not.
 #[inline(always)]
 pub fn maybe_watched(id: u32) -> bool {
-    match WATCHED.get((id >> 6) & (WATCHED_WORDS - 1)) {
-        Some(word) => (word >> (id & 63)) & 1 != 0,
-        None => false,
+    WATCHED.get(id & (WATCHED_IDS - 1)).is_some_and(|mark| *mark != 0)
+}
+
+/// From here on `id` may be watched.
+#[inline(always)]
+pub fn mark_watched(id: u32) {
+    if let Some(mark) = WATCHED.get_ptr_mut(id & (WATCHED_IDS - 1)) {
+        // SAFETY: an entry of an array is never taken away.
+        unsafe { *mark = 1 };
     }
+}
+
+/// Watches the current thread from this moment, the call of its own poll, on. `None`: all slots are taken.
+#[inline(always)]
+pub fn watch_from_poll((tgid, tid): (u32, u32), epoll_fd: i32, now: u64) -> Option<u32> {
+    let slot = FREE_SLOTS.pop().ok()??;
+    let (new, thread, clock) = (NEW_THREAD.get(0)?, THREADS.get_ptr_mut(slot)?, CLOCKS.get_ptr_mut(slot)?);
+    // SAFETY: entries of arrays are never taken away, and a slot from the pool is nobody else's.
+    unsafe {
+        *thread = LoopThread { tid, tgid, epoll_fd, ..*new };
+        (*clock).begin_tick(now);
+    }
+    if SLOTS.insert(tid, slot, u64::from(BPF_NOEXIST)).is_err() {
+        // User space came first, a moment ago.
+        unwatch(slot);
+        let _ = FREE_SLOTS.push(slot, 0);
+        return None;
+    }
+    mark_watched(tid);
+    Some(slot)
 }
 
 #[inline(always)]
@@ -93,6 +134,15 @@ pub fn at_slot(slot: u32, tid: u32) -> Option<Watched> {
     // SAFETY: a slot belongs to one thread, whose programs run one at a time but for the sampling clock, which only
     // writes what no other program does while the thread is on the CPU.
     Some(Watched { slot, thread, clock: unsafe { &mut *clock } })
+}
+
+/// Nothing of this thread is recorded any more: another one may get its id.
+#[inline(always)]
+pub fn unwatch(slot: u32) {
+    if let Some(thread) = THREADS.get_ptr_mut(slot) {
+        // SAFETY: an entry of an array is never taken away; the thread itself ends here.
+        unsafe { (*thread).tid = 0 };
+    }
 }
 
 #[inline(always)]

@@ -8,17 +8,18 @@ use aya_ebpf::{
     programs::TracePointContext,
 };
 use aya_log_ebpf::debug;
-use loopguard_common::records::{PollRecord, RecordHeader, RecordKind};
+use loopguard_common::records::{NO_SLOT, PROCESS_SINCE_BIRTH, PollRecord, RecordHeader, RecordKind};
 
 use crate::{
-    maps::{PROCESSES, REPORTED_POLLS, maybe_watched, watched},
+    maps::{PROCESSES, REPORTED_POLLS, maybe_watched, watch_from_poll, watched},
     request, send, task,
 };
 
 /// `struct syscall_trace_enter`: the common header, the number, then the arguments as words (kernel/trace/trace.h).
 const SYSCALL_NUMBER: usize = 8;
 const FIRST_ARGUMENT: usize = 16;
-/// Number of `epoll_pwait2` (asm/unistd_64.h).
+const FOURTH_ARGUMENT: usize = 40;
+/// Takes its timeout as a `struct timespec` (asm/unistd_64.h, and the same everywhere else).
 const EPOLL_PWAIT2: i32 = 441;
 /// An unknown poll is reported again after this long, should the report have been lost.
 pub const REPORT_AGAIN_NS: u64 = 1_000_000_000;
@@ -36,6 +37,7 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     let epoll_fd = unsafe { *ctx.as_ptr().cast::<u8>().add(FIRST_ARGUMENT).cast::<u64>() } as i32;
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
+    let is_unwatched = target.is_none();
     if let Some(mut target) = target
         && task::polls_own(&target, epoll_fd)
     {
@@ -52,24 +54,54 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
             return 0;
         }
     }
-    report_unknown(&ctx, RecordHeader { kind: RecordKind::Poll as u32, tgid, tid, _pad: 0 }, now, epoll_fd);
+    report_unknown(&ctx, Unknown { tgid, tid, now, epoll_fd, is_unwatched });
     0
 }
 
-/// A thread that is not watched, or a descriptor that is not its loop's: user space decides what it is.
+/// A thread that is not watched, or a descriptor that is not its loop's: user space decides what it is. In a
+/// process that was watched since its birth a thread is watched from its first poll on until that is decided, so that
+/// nothing is missed meanwhile.
 #[inline(always)]
-fn report_unknown(ctx: &TracePointContext, header: RecordHeader, now: u64, epoll_fd: i32) {
-    // SAFETY: only whether the entry exists matters, or a word that is replaced whole.
-    let (process, reported) = unsafe { (PROCESSES.get(header.tgid), REPORTED_POLLS.get(header.tid)) };
-    if process.is_none() || reported.is_some_and(|at| now - *at < REPORT_AGAIN_NS) {
-        return;
+fn report_unknown(ctx: &TracePointContext, unknown: Unknown) {
+    let Unknown { tgid, tid, now, epoll_fd, is_unwatched } = unknown;
+    // SAFETY: a word that is replaced whole.
+    let Some(process) = (unsafe { PROCESSES.get(tgid) }) else { return };
+    let mut slot = None;
+    if let Some(reported_ns) = REPORTED_POLLS.get_ptr_mut(tid) {
+        // SAFETY: an entry that only its own thread writes.
+        let reported_ns = unsafe { &mut *reported_ns };
+        if now - *reported_ns < REPORT_AGAIN_NS {
+            return;
+        }
+        *reported_ns = now;
+    } else {
+        let _ = REPORTED_POLLS.insert(tid, now, 0);
+        if is_unwatched && *process == PROCESS_SINCE_BIRTH {
+            slot = watch_from_poll((tgid, tid), epoll_fd, now);
+        }
     }
-    let _ = REPORTED_POLLS.insert(header.tid, now, 0);
-    // SAFETY: the number word of a system call's tracepoint, likewise.
-    let syscall = unsafe { *ctx.as_ptr().cast::<u8>().add(SYSCALL_NUMBER).cast::<u64>() } as i32;
-    debug!(ctx, "thread {} of process {} polls epoll descriptor {}", header.tid, header.tgid, epoll_fd);
-    // SAFETY: another argument word, likewise. That of `epoll_pwait2` is an address.
-    let timeout = unsafe { *ctx.as_ptr().cast::<u8>().add(FIRST_ARGUMENT + 3 * 8).cast::<u64>() } as i32;
-    let timeout_ms = if syscall == EPOLL_PWAIT2 { -1 } else { timeout };
-    send::poll(&PollRecord { header, at_ns: now, epoll_fd, syscall, timeout_ms, _pad: 0 });
+    // SAFETY: the number word and an argument of a system call's tracepoint, likewise.
+    let (syscall, timeout) = unsafe {
+        let words = ctx.as_ptr().cast::<u8>();
+        (*words.add(SYSCALL_NUMBER).cast::<u64>() as i32, *words.add(FOURTH_ARGUMENT).cast::<u64>() as i32)
+    };
+    debug!(ctx, "thread {} of process {} polls epoll descriptor {}", tid, tgid, epoll_fd);
+    send::poll(&PollRecord {
+        header: RecordHeader { kind: RecordKind::Poll as u32, tgid, tid, _pad: 0 },
+        at_ns: now,
+        epoll_fd,
+        syscall,
+        timeout_ms: if syscall == EPOLL_PWAIT2 { -1 } else { timeout },
+        slot: slot.unwrap_or(NO_SLOT),
+    });
+}
+
+/// A poll of nobody known.
+struct Unknown {
+    tgid: u32,
+    tid: u32,
+    now: u64,
+    epoll_fd: i32,
+    /// The thread is not watched; else only the descriptor is new.
+    is_unwatched: bool,
 }

@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use loopguard_common::{
     clock::EndedStep,
-    records::{Counter, PollRecord, RecordHeader, RecordKind, SYSCALL_NONE},
+    records::{Counter, NO_SLOT, PollRecord, RecordHeader, RecordKind, SYSCALL_NONE},
     request::{
         Crossing, ProbeArguments, REQUEST_OPEN_BEFORE, REQUEST_RAN_UNSEEN, Registers, RequestEndRecord, RequestKey,
         RequestRouteRecord, RequestStartRecord, RequestTotals, read_argument,
@@ -19,7 +19,7 @@ use loopguard_common::{
 
 use crate::{
     capture::OwnMemory,
-    maps::{PROCESSES, RECORDS, REPORTED_POLLS, Watched, count, watched},
+    maps::{PROCESSES, RECORDS, REPORTED_THREADS, Watched, count, watched},
     poll::REPORT_AGAIN_NS,
     send, task,
 };
@@ -257,14 +257,12 @@ pub fn tick_ended(target: &mut Watched, ended: EndedStep) {
 #[inline(always)]
 fn report_thread(hit: &Hit) {
     let at_ns = now();
-    // Apart from reports of its polls, which may follow at once.
-    let reported_as = hit.tid | 1 << 31;
     // SAFETY: only whether the entry exists matters, or a word that is replaced whole.
-    let (process, reported) = unsafe { (PROCESSES.get(hit.tgid), REPORTED_POLLS.get(reported_as)) };
+    let (process, reported) = unsafe { (PROCESSES.get(hit.tgid), REPORTED_THREADS.get(hit.tid)) };
     if process.is_none() || reported.is_some_and(|at| at_ns - *at < REPORT_AGAIN_NS) {
         return;
     }
-    let _ = REPORTED_POLLS.insert(reported_as, at_ns, 0);
+    let _ = REPORTED_THREADS.insert(hit.tid, at_ns, 0);
     let header = hit.header(RecordKind::Poll);
-    send::poll(&PollRecord { header, at_ns, epoll_fd: -1, syscall: SYSCALL_NONE, timeout_ms: -1, _pad: 0 });
+    send::poll(&PollRecord { header, at_ns, epoll_fd: -1, syscall: SYSCALL_NONE, timeout_ms: -1, slot: NO_SLOT });
 }

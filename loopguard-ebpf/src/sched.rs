@@ -39,7 +39,7 @@ fn is_epoll(syscall: i32) -> bool {
 }
 
 #[inline(always)]
-fn tid_of(task: *const u8) -> u32 {
+pub fn tid_of(task: *const u8) -> u32 {
     // SAFETY: `task` comes from the tracepoint, so the verifier knows its type and checks the offset. Both constants
     // are set before the program is loaded: they must be read, not taken for what stands here.
     unsafe { *task.add(core::ptr::read_volatile(&raw const TASK_PID_OFFSET) as usize).cast::<u32>() }
@@ -152,7 +152,7 @@ pub fn on_sched_wakeup_new(ctx: BtfTracePointContext) -> i32 {
 }
 
 #[inline(always)]
-fn tgid_of(task: *const u8) -> u32 {
+pub fn tgid_of(task: *const u8) -> u32 {
     // SAFETY: as for `tid_of`.
     unsafe { *task.add(core::ptr::read_volatile(&raw const TASK_TGID_OFFSET) as usize).cast::<u32>() }
 }

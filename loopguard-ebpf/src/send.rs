@@ -4,8 +4,8 @@ use aya_ebpf::helpers::generated::bpf_ringbuf_output;
 use loopguard_common::{
     clock::{EndedStep, LoopClock},
     records::{
-        CAPTURE_BASE, CaptureRecord, Counter, LoopThread, MAX_FRAMES, PollRecord, RawFrame, RecordHeader, RecordKind,
-        STEP_ADDS_UP, StepRecord, THREAD_TELLS_SHORT,
+        CAPTURE_BASE, CaptureRecord, Counter, LoopThread, MAX_FRAMES, PollRecord, ProcessRecord, RawFrame,
+        RecordHeader, RecordKind, STEP_ADDS_UP, StepRecord, THREAD_TELLS_SHORT,
     },
 };
 
@@ -95,5 +95,11 @@ pub fn capture(record: &CaptureRecord) {
 #[inline(always)]
 pub fn poll(record: &PollRecord) {
     let sent = RECORDS.output::<PollRecord>(record, 0);
+    count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
+}
+
+#[inline(always)]
+pub fn process(record: &ProcessRecord) {
+    let sent = RECORDS.output::<ProcessRecord>(record, 0);
     count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }

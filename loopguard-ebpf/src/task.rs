@@ -20,7 +20,7 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::{EndedStep, SwitchOut},
     records::{
-        Counter, PollRecord, RecordHeader, RecordKind, STEP_PROBED, STEP_WITHOUT_END, StepRecord,
+        Counter, NO_SLOT, PollRecord, RecordHeader, RecordKind, STEP_PROBED, STEP_WITHOUT_END, StepRecord,
         THREAD_PARKS_ON_FUTEX, THREAD_STEPS_TASK, THREAD_TELLS_SHORT, THREAD_TOKIO, TaskRecord, TaskReturnRecord,
     },
     trail::{Read, TRAIL_ANSWER, TRAIL_PIECE, TRAIL_START, TaskKey, Trail, is_answer},
@@ -190,7 +190,7 @@ fn report_worker(tgid: u32, tid: u32) {
     }
     let _ = REPORTED_POLLS.insert(tid, now, 0);
     let header = RecordHeader { kind: RecordKind::Poll as u32, tgid, tid, _pad: 0 };
-    send::poll(&PollRecord { header, at_ns: now, epoll_fd: -1, syscall: -1, timeout_ms: -1, _pad: 0 });
+    send::poll(&PollRecord { header, at_ns: now, epoll_fd: -1, syscall: -1, timeout_ms: -1, slot: NO_SLOT });
 }
 
 /// The code behind the call of a poll function is reached. The cookie says how far the stack pointer has moved since.

@@ -45,8 +45,28 @@ pub struct LoopInfo {
     /// The thread's name (`comm`).
     pub thread: String,
     pub runtime: Runtime,
+    /// Which worker of a server its process is; none where the process was not made by a watched one.
+    pub worker: Option<Worker>,
     /// Whether step probes mark the steps of this loop; without them a step is a whole tick.
     pub steps: StepMarks,
+}
+
+/// One of several processes that a server was forked into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Worker {
+    /// The process that made it.
+    pub server: u32,
+    /// From 1 on; its own as long as it lives.
+    pub number: u32,
+    /// The highest number among those that live.
+    pub of: u32,
+}
+
+impl Worker {
+    /// `worker 3 of 8`; nothing where there is but one.
+    pub fn name(&self) -> Option<String> {
+        (self.of > 1).then(|| format!("worker {} of {}", self.number, self.of))
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]

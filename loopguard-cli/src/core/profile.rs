@@ -8,7 +8,7 @@ use super::cumulative::{CumulativeSettings, ShortStep, ShortSteps, Told};
 use super::cut::{self, Part, Span, same_owner};
 use super::event::{
     Capture, Event, Frame, How, InFlight, LoopInfo, OffCpu, OpenStep, Owner, RequestFacts, Stack, Step, StepMarks,
-    StepWait, TickCounts, Tid,
+    StepWait, TickCounts, Tid, Worker,
 };
 use super::hint::hint;
 use super::incident::{
@@ -105,6 +105,7 @@ impl Profile {
             Event::LoopFound(info) => {
                 let info = Arc::new(info);
                 totals.loop_found(&info);
+                recount_workers(&mut self.loops, totals, info.worker);
                 // Found again: a new loop on a reused thread id, whose steps are counted anew.
                 let before = self.loops.insert(info.tid, LoopThread::new(info, settings));
                 before.map(|mut thread| thread.finish(settings)).unwrap_or_default()
@@ -189,6 +190,21 @@ struct Ended {
     updates: Vec<Update>,
     /// Blocks of routes nobody wants to hear of.
     excluded: Vec<Incident>,
+}
+
+/// With each new worker of a server the others are of so many more.
+fn recount_workers(loops: &mut HashMap<Tid, LoopThread>, totals: &mut Totals, newest: Option<Worker>) {
+    let Some(newest) = newest else { return };
+    for thread in loops.values_mut() {
+        if let Some(worker) = thread.info.worker
+            && worker.server == newest.server
+            && worker.of != newest.of
+        {
+            let worker = Some(Worker { of: newest.of, ..worker });
+            thread.info = Arc::new(LoopInfo { worker, ..LoopInfo::clone(&thread.info) });
+            totals.renamed(&thread.info);
+        }
+    }
 }
 
 impl LoopThread {

@@ -112,7 +112,14 @@ pub fn waited(ms_each: [u64; 3]) -> OffCpu {
 }
 
 pub fn loop_found(steps: StepMarks) -> Event {
-    Event::LoopFound(LoopInfo { pid: 6, tid: TID, thread: "uvicorn".to_owned(), runtime: Runtime::Uvloop, steps })
+    Event::LoopFound(LoopInfo {
+        pid: 6,
+        tid: TID,
+        thread: "uvicorn".to_owned(),
+        runtime: Runtime::Uvloop,
+        worker: None,
+        steps,
+    })
 }
 
 pub fn settings(threshold_ms: u64) -> Settings {

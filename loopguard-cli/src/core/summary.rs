@@ -154,6 +154,15 @@ impl Totals {
         self.threads.push(ThreadSum { on: Arc::clone(info), is_gone: false, total: Total::default() });
     }
 
+    /// The same loop, with a better name.
+    pub fn renamed(&mut self, info: &Arc<LoopInfo>) {
+        if let Some(known) = self.thread(info.tid)
+            && known.on.pid == info.pid
+        {
+            known.on = Arc::clone(info);
+        }
+    }
+
     pub fn loop_gone(&mut self, tid: Tid) {
         if let Some(thread) = self.thread(tid) {
             thread.is_gone = true;
@@ -346,7 +355,8 @@ mod tests {
         let mut totals = Totals::default();
         for tid in 1..=2 * MAX_THREADS as u32 {
             let thread = format!("worker {tid}");
-            let info = LoopInfo { pid: tid, tid, thread, runtime: Runtime::Asyncio, steps: StepMarks::Exact };
+            let info =
+                LoopInfo { pid: tid, tid, thread, runtime: Runtime::Asyncio, worker: None, steps: StepMarks::Exact };
             totals.loop_found(&Arc::new(info));
             if tid != 1 {
                 totals.loop_gone(tid);

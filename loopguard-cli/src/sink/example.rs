@@ -163,7 +163,7 @@ pub fn summary() -> Summary {
 
 fn thread(name: &str) -> Arc<LoopInfo> {
     let thread = name.to_owned();
-    Arc::new(LoopInfo { pid: 1234, tid: 1235, thread, runtime: Runtime::Uvloop, steps: StepMarks::Exact })
+    Arc::new(LoopInfo { pid: 1234, tid: 1235, thread, runtime: Runtime::Uvloop, worker: None, steps: StepMarks::Exact })
 }
 
 fn request(path: &str, id: &str) -> Owner {

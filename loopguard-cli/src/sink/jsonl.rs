@@ -7,7 +7,7 @@ use serde_json::ser::{CompactFormatter, Formatter, Serializer};
 
 use super::Sink;
 use super::escape::is_dangerous;
-use crate::core::event::{Frame, FrameKind, How, LoopInfo, Origin, Owner, RequestFacts, Runtime};
+use crate::core::event::{Frame, FrameKind, How, LoopInfo, Origin, Owner, RequestFacts, Runtime, Worker};
 use crate::core::incident::{Attribution, Blame, Cumulative, Incident, Ongoing, Update, Verdict, WaitTotal, user_line};
 use crate::core::request::{EndedRequest, RequestCounts};
 use crate::core::status::StackCounts;
@@ -218,6 +218,8 @@ struct LoopFields<'a> {
     tid: u32,
     thread: &'a str,
     runtime: Runtime,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    worker: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -452,7 +454,13 @@ impl RequestsObject {
 
 impl<'a> LoopFields<'a> {
     fn new(info: &'a LoopInfo) -> Self {
-        Self { pid: info.pid, tid: info.tid, thread: &info.thread, runtime: info.runtime }
+        Self {
+            pid: info.pid,
+            tid: info.tid,
+            thread: &info.thread,
+            runtime: info.runtime,
+            worker: info.worker.as_ref().and_then(Worker::name),
+        }
     }
 }
 

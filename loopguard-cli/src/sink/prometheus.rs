@@ -483,6 +483,7 @@ mod tests {
             tid: 1235,
             thread: "uvi\"corn\n\x1b[2J".to_owned(),
             runtime: Runtime::Uvloop,
+            worker: None,
             steps: StepMarks::Exact,
         };
         let thread = ThreadStatus {

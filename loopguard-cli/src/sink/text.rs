@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::Sink;
 use super::escape::{printable, word};
-use crate::core::event::{Frame, LoopInfo, Origin, Owner, RequestFacts};
+use crate::core::event::{Frame, LoopInfo, Origin, Owner, RequestFacts, Worker};
 use crate::core::incident::{
     Attribution, Blame, Cumulative, Incident, LineShare, Ongoing, OwnerShare, Split, ThresholdChange, Update, Verdict,
     Victims, WaitTotal, user_line,
@@ -442,7 +442,11 @@ fn native_stacks(stacks: &StackCounts) -> String {
 }
 
 fn thread(info: &LoopInfo) -> String {
-    format!("{} {}", printable(&info.thread), info.tid)
+    let name = format!("{} {}", printable(&info.thread), info.tid);
+    match info.worker.as_ref().and_then(Worker::name) {
+        Some(worker) => format!("{worker}, {name}"),
+        None => name,
+    }
 }
 
 /// What the servers told of their requests, where they do, and what was not well with that.

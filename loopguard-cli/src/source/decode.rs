@@ -3,8 +3,8 @@
 use std::mem::{MaybeUninit, offset_of, size_of};
 
 use loopguard_common::records::{
-    CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, RawFrame, RecordKind, StackPage, StepRecord, TaskRecord,
-    TaskReturnRecord,
+    CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, ProcessRecord, RawFrame, RecordKind, StackPage, StepRecord,
+    TaskRecord, TaskReturnRecord,
 };
 use loopguard_common::request::{RequestEndRecord, RequestRouteRecord, RequestStartRecord};
 
@@ -19,6 +19,7 @@ pub enum Record {
     RequestEnd(Box<RequestEndRecord>),
     Task(Box<TaskRecord>),
     TaskReturn(TaskReturnRecord),
+    Process(ProcessRecord),
 }
 
 /// Nothing this version of loopguard knows.
@@ -47,6 +48,9 @@ pub fn decode(bytes: &[u8]) -> Result<Record, UnknownRecord> {
     } else if kind == RecordKind::TaskReturn as u32 {
         // SAFETY: as above.
         unsafe { whole::<TaskReturnRecord>(bytes) }.map(Record::TaskReturn).ok_or(unknown)
+    } else if kind == RecordKind::Process as u32 {
+        // SAFETY: as above.
+        unsafe { whole::<ProcessRecord>(bytes) }.map(Record::Process).ok_or(unknown)
     } else if kind == RecordKind::Capture as u32 {
         capture(bytes).map(Record::Capture).ok_or(unknown)
     } else if kind == RecordKind::RequestStart as u32 {

@@ -19,6 +19,8 @@ pub struct Features {
     pub task_pid: Option<u32>,
     /// Offset of `task_struct.tgid`.
     pub task_tgid: Option<u32>,
+    /// Offset of `task_struct.start_boottime` (5.5).
+    pub task_start: Option<u32>,
     /// What `sched_switch` tells of the thread that leaves the processor.
     pub switch: Option<SwitchShape>,
     /// Ring buffers (Linux 5.8).
@@ -75,6 +77,7 @@ impl Features {
         Self {
             task_pid: types.field_offset("task_struct", "pid"),
             task_tgid: types.field_offset("task_struct", "tgid"),
+            task_start: types.field_offset("task_struct", "start_boottime"),
             switch: switch_shape(types),
             ring_buffer: helper("BPF_FUNC_ringbuf_output")
                 && types.has_enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF"),

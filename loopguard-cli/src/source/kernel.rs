@@ -1,5 +1,6 @@
 //! Owns the kernel programs: loads them, tells them what to watch, and reads their maps.
 
+mod closing;
 mod multi;
 mod polls;
 mod requests;
@@ -11,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{Array, HashMap, MapData, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, MapData, PerCpuArray, Queue, RingBuf},
     programs::{
         BtfTracePoint, PerfEvent, Program, ProgramError, TracePoint, UProbe,
         perf_event::{PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
@@ -23,7 +24,7 @@ use aya_log::EbpfLogger;
 use loopguard_common::{
     clock::{LoopClock, SwitchOut},
     layout::PyLayout,
-    records::{Counter, LoopThread, REGISTERS, STEP_CUT_AT_ATTACH},
+    records::{Counter, LoopThread, PROCESS_FOUND, REGISTERS, STEP_CUT_AT_ATTACH},
     short::ShortPace,
     walk::CaptureBuffer,
 };
@@ -36,10 +37,14 @@ use crate::{
     runtime::{cpython::StepProbe, probe_site::ProbeSite, usdt::RequestProbe},
     sink::escape::printable,
 };
+use closing::Closing;
 use requests::RequestMaps;
 
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without the BPF toolchain.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LOOPGUARD_BPF_OBJECT"));
+
+/// Only for an id that has no entry yet (linux/bpf.h).
+const BPF_NOEXIST: u64 = 1;
 
 /// Loop threads that can be watched at once: each has a clock and a capture buffer of about 4 KiB.
 pub const MAX_THREADS: u32 = 512;
@@ -129,21 +134,23 @@ pub struct Rings {
 
 pub struct Kernel {
     bpf: Ebpf,
-    watched: Array<MapData, u64>,
+    watched: Array<MapData, u32>,
     processes: HashMap<MapData, u32, u32>,
     layouts: HashMap<MapData, u32, PyLayout>,
     slots: HashMap<MapData, u32, u32>,
+    free_slots: Queue<MapData, u32>,
     threads: Array<MapData, LoopThread>,
     clocks: Array<MapData, LoopClock>,
     captures: Array<MapData, CaptureBuffer>,
     counts: PerCpuArray<MapData, u64>,
-    /// Watched ids, tgids and tids, with how many watch them: two ids can share a bit.
+    /// Watched ids, tgids and tids, with how many watch them: two ids can share an entry.
     ids: StdHashMap<u32, u32>,
-    /// Which thread has which slot.
+    /// Which thread has which slot, as far as it is known here.
     owners: Vec<Option<Tid>>,
     pace: Pace,
     log: Option<EbpfLogger<ToStandardError>>,
     requests: RequestMaps,
+    closing: Closing,
     samplers: StdHashMap<Tid, PerfEventLinkId>,
     /// By process and program.
     step_probes: StdHashMap<(u32, &'static str), UProbeLinkId>,
@@ -180,8 +187,12 @@ impl Kernel {
         private_tracefs().context("tracepoints need tracefs at /sys/kernel/tracing")?;
         let features = Features::of_this_kernel()?;
         features.check()?;
-        let task_pid_offset = features.task_pid.context("the kernel's BTF has no task_struct.pid")?;
-        let task_tgid_offset = features.task_tgid.context("the kernel's BTF has no task_struct.tgid")?;
+        let task_offset = |offset: Option<u32>, field: &str| {
+            offset.with_context(|| format!("the kernel's BTF has no task_struct.{field}"))
+        };
+        let pid_offset = task_offset(features.task_pid, "pid")?;
+        let tgid_offset = task_offset(features.task_tgid, "tgid")?;
+        let start_offset = task_offset(features.task_start, "start_boottime")?;
         let switch = features.switch.context("the kernel's BTF has no sched_switch")?;
         let task_state_offset = if let SwitchShape::StateInTask(offset) = switch { offset } else { 0 };
         let btf = Btf::from_sys_fs().context("read the kernel's BTF")?;
@@ -189,9 +200,10 @@ impl Kernel {
         let log_level: &u8 = if talk == Talk::Debug { &4 } else { &0 };
         let mut bpf = EbpfLoader::new()
             .btf(Some(&btf))
-            .override_global("TASK_PID_OFFSET", &task_pid_offset, true)
+            .override_global("TASK_PID_OFFSET", &pid_offset, true)
+            .override_global("TASK_TGID_OFFSET", &tgid_offset, true)
+            .override_global("TASK_START_BOOTTIME_OFFSET", &start_offset, true)
             .override_global("TASK_STATE_OFFSET", &task_state_offset, true)
-            .override_global("TASK_TGID_OFFSET", &task_tgid_offset, true)
             .override_global("AYA_LOG_LEVEL", log_level, false)
             .override_global("STACK_PAGE_LIMIT", &pace.stack_pages, true)
             .override_global("FUTEX_SYSCALL", &(libc::SYS_futex as i32), true)
@@ -200,6 +212,7 @@ impl Kernel {
             .map_max_entries("CAPTURES", MAX_THREADS)
             .map_max_entries("WORKERS", MAX_THREADS)
             .map_max_entries("HELD", MAX_THREADS)
+            .map_max_entries("FREE_SLOTS", MAX_THREADS)
             .map_max_entries("STACK_PAGES", MAX_THREADS * pace.stack_pages.max(1))
             .map_max_entries("REQUESTS", MAX_OPEN_REQUESTS)
             .load(OBJECT)
@@ -218,6 +231,7 @@ impl Kernel {
             watched: take_map(&mut bpf, "WATCHED")?.try_into()?,
             processes: take_map(&mut bpf, "PROCESSES")?.try_into()?,
             layouts: take_map(&mut bpf, "LAYOUTS")?.try_into()?,
+            free_slots: take_map(&mut bpf, "FREE_SLOTS")?.try_into()?,
             slots: take_map(&mut bpf, "SLOTS")?.try_into()?,
             threads: take_map(&mut bpf, "THREADS")?.try_into()?,
             clocks: take_map(&mut bpf, "CLOCKS")?.try_into()?,
@@ -228,10 +242,18 @@ impl Kernel {
             pace,
             log,
             requests: RequestMaps::take(&mut bpf)?,
+            closing: Closing::start()?,
             samplers: StdHashMap::new(),
             step_probes: StdHashMap::new(),
             bpf,
         };
+        for slot in 0..MAX_THREADS {
+            kernel.free_slots.push(slot, 0)?;
+        }
+        let mut new_thread = LoopThread::default();
+        pace.fill_in(&mut new_thread);
+        Array::<_, LoopThread>::try_from(kernel.bpf.map_mut("NEW_THREAD").context("the kernel object has no map")?)?
+            .set(0, new_thread, 0)?;
         kernel.attach_everywhere(&btf, switch).map_err(explain)?;
         Ok((kernel, rings))
     }
@@ -250,9 +272,16 @@ impl Kernel {
             sample.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
         switch.attach().context("attach sched_switch")?;
-        let wakeup: &mut BtfTracePoint = take("on_sched_wakeup")?.try_into()?;
-        wakeup.load("sched_wakeup", btf).context("load the program for sched_wakeup")?;
-        wakeup.attach().context("attach sched_wakeup")?;
+        for (name, tracepoint) in [
+            ("on_sched_wakeup", "sched_wakeup"),
+            ("on_fork", "sched_process_fork"),
+            ("on_exec", "sched_process_exec"),
+            ("on_exit", "sched_process_exit"),
+        ] {
+            let program: &mut BtfTracePoint = take(name)?.try_into()?;
+            program.load(tracepoint, btf).with_context(|| format!("load the program for {tracepoint}"))?;
+            program.attach().with_context(|| format!("attach {tracepoint}"))?;
+        }
         for (name, tracepoint) in polls::WAKES {
             let waking: &mut BtfTracePoint = take(name)?.try_into()?;
             waking.load(tracepoint, btf).with_context(|| format!("load the program for {tracepoint}"))?;
@@ -277,12 +306,11 @@ impl Kernel {
         Ok(())
     }
 
-    /// Reports the loop threads of a process that are not watched yet as they poll.
-    pub fn watch_process(&mut self, pid: u32, layout: Option<&PyLayout>) -> Result<()> {
-        if let Some(layout) = layout {
-            self.layouts.insert(pid, layout, 0)?;
-        }
-        self.processes.insert(pid, 1, 0)?;
+    /// Reports the loop threads of a process that are not watched yet as they poll, and what becomes of the process.
+    /// Its children are watched from their first instant.
+    pub fn watch_process(&mut self, pid: u32) -> Result<()> {
+        // The kernel programs may know it better already.
+        let _ = self.processes.insert(pid, PROCESS_FOUND, BPF_NOEXIST);
         self.mark(pid, true)
     }
 
@@ -292,8 +320,13 @@ impl Kernel {
 
     pub fn unwatch_process(&mut self, pid: u32) {
         let _ = self.processes.remove(&pid);
-        let _ = self.layouts.remove(&pid);
         let _ = self.mark(pid, false);
+        self.forget_program(pid);
+    }
+
+    /// The process runs another program now: what was known of the last one is wrong.
+    pub fn forget_program(&mut self, pid: u32) {
+        let _ = self.layouts.remove(&pid);
         self.detach_steps(pid);
         self.detach_requests(pid);
         self.forget_polls(pid);
@@ -304,21 +337,30 @@ impl Kernel {
             if let Some(link) = self.step_probes.remove(&(pid, step_program(which)))
                 && let Some(program) = self.bpf.program_mut(step_program(which))
                 && let Ok(program) = <&mut UProbe>::try_from(program)
+                && let Ok(link) = program.take_link(link)
             {
-                let _ = program.detach(link);
+                self.closing.close(link);
             }
         }
     }
 
     /// Watches a loop thread; the pace is filled in here. Returns its slot.
     pub fn watch_thread(&mut self, mut thread: LoopThread, standing: Standing) -> Result<u32> {
-        let Some(slot) = self.owners.iter().position(Option::is_none) else {
-            bail!("{MAX_THREADS} loop threads are watched already");
-        };
         let tid = thread.tid;
         self.pace.fill_in(&mut thread);
+        if let Ok(slot) = self.slots.get(&tid, 0) {
+            self.take_over(tid, slot)?;
+            return self.introduce_thread(thread);
+        }
+        let Ok(slot) = self.free_slots.pop(0) else {
+            bail!("{MAX_THREADS} loop threads are watched already");
+        };
         let mut clock = LoopClock::idle();
-        if let Standing::InTick { now_ns, waits_in } = standing {
+        let in_tick = match standing {
+            Standing::Idle => None,
+            Standing::InTick { now_ns, waits_in } => Some((now_ns, waits_in)),
+        };
+        if let Some((now_ns, waits_in)) = in_tick {
             clock.begin_tick(now_ns);
             clock.step_flags = STEP_CUT_AT_ATTACH;
             if let Some((syscall, arg0)) = waits_in {
@@ -326,15 +368,57 @@ impl Kernel {
                 clock.switch_out(now_ns, SwitchOut::Waits { syscall, arg0, gil });
             }
         }
-        self.sample(tid, Sampling::Watchful)?;
-        self.owners[slot] = Some(tid);
-        let slot = slot as u32;
         self.clocks.set(slot, clock, 0)?;
-        self.polls.forget_worker(slot)?;
         self.threads.set(slot, thread, 0)?;
-        self.slots.insert(tid, slot, 0)?;
-        self.mark(tid, true)?;
+        if self.slots.insert(tid, slot, BPF_NOEXIST).is_err() {
+            // It polled just now, and is watched since.
+            self.free(slot)?;
+            let slot = self.slots.get(&tid, 0)?;
+            self.take_over(tid, slot)?;
+            return self.introduce_thread(thread);
+        }
+        self.take_over(tid, slot)?;
         Ok(slot)
+    }
+
+    /// A thread is watched that the programs have taken the slot for.
+    pub fn take_over(&mut self, tid: Tid, slot: u32) -> Result<()> {
+        let owner = self.owners.get_mut(slot as usize).context("a slot that does not exist")?;
+        if owner.replace(tid) != Some(tid) {
+            self.mark(tid, true)?;
+            // One that has ended by now has no clock to set.
+            let _ = self.sample(tid, Sampling::Watchful);
+        }
+        Ok(())
+    }
+
+    /// Says what a thread is that is watched already; its clock, its pace and its poll stay. Returns its slot.
+    pub fn introduce_thread(&mut self, thread: LoopThread) -> Result<u32> {
+        self.update_thread(thread.tid, |known| {
+            let LoopThread { flags, thread_state, native_thread_id, gil, task_ids, .. } = thread;
+            let flags = known.flags | flags;
+            *known = LoopThread { flags, thread_state, native_thread_id, gil, task_ids, ..*known };
+        })?;
+        Ok(self.slots.get(&thread.tid, 0)?)
+    }
+
+    /// The thread is parked, not blocked: what says so was not known yet when it went to sleep.
+    pub fn set_idle(&mut self, tid: Tid) -> Result<()> {
+        let slot = self.slots.get(&tid, 0)?;
+        Ok(self.clocks.set(slot, LoopClock::idle(), 0)?)
+    }
+
+    /// Threads that are watched and not known here: those that were reported with a record that was lost.
+    pub fn unknown_threads(&self) -> Vec<(Tid, u32)> {
+        let known = |slot: u32, tid: Tid| self.owners.get(slot as usize) == Some(&Some(tid));
+        self.slots.iter().flatten().filter(|(tid, slot)| !known(*slot, *tid)).collect()
+    }
+
+    fn free(&mut self, slot: u32) -> Result<()> {
+        self.threads.set(slot, LoopThread::default(), 0)?;
+        self.clocks.set(slot, LoopClock::default(), 0)?;
+        self.polls.forget_worker(slot)?;
+        Ok(self.free_slots.push(slot, 0)?)
     }
 
     /// Has the sampling clock of a thread tick this closely.
@@ -348,8 +432,10 @@ impl Kernel {
                 false,
             )
             .context("attach the sampling clock")?;
-        if let Some(before) = self.samplers.insert(tid, link) {
-            let _ = program.detach(before);
+        if let Some(before) = self.samplers.insert(tid, link)
+            && let Ok(before) = program.take_link(before)
+        {
+            self.closing.close(before);
         }
         Ok(())
     }
@@ -358,13 +444,14 @@ impl Kernel {
         let Some(slot) = self.owners.iter().position(|owner| *owner == Some(tid)) else { return };
         let _ = self.mark(tid, false);
         let _ = self.slots.remove(&tid);
-        let _ = self.threads.set(slot as u32, LoopThread::default(), 0);
+        let _ = self.free(slot as u32);
         self.owners[slot] = None;
         if let Some(link) = self.samplers.remove(&tid)
             && let Some(program) = self.bpf.program_mut("on_sample")
             && let Ok(program) = <&mut PerfEvent>::try_from(program)
+            && let Ok(link) = program.take_link(link)
         {
-            let _ = program.detach(link);
+            self.closing.close(link);
         }
     }
 
@@ -393,16 +480,23 @@ impl Kernel {
         Ok(())
     }
 
+    /// What the programs know of the thread at a slot.
+    pub fn thread(&self, slot: u32) -> Option<LoopThread> {
+        self.threads.get(&slot, 0).ok()
+    }
+
+    pub fn slot_of(&self, tid: Tid) -> Option<u32> {
+        self.owners.iter().position(|owner| *owner == Some(tid)).map(|slot| slot as u32)
+    }
+
     /// The state of a watched thread's clock.
     pub fn clock(&self, tid: Tid) -> Option<LoopClock> {
-        let slot = self.owners.iter().position(|owner| *owner == Some(tid))?;
-        self.clocks.get(&(slot as u32), 0).ok()
+        self.clocks.get(&self.slot_of(tid)?, 0).ok()
     }
 
     /// The registers with which a watched thread last went to sleep in a step.
     pub fn registers(&self, tid: Tid) -> Option<[u64; REGISTERS]> {
-        let slot = self.owners.iter().position(|owner| *owner == Some(tid))?;
-        let buffer = self.captures.get(&(slot as u32), 0).ok()?;
+        let buffer = self.captures.get(&self.slot_of(tid)?, 0).ok()?;
         (buffer.record.header.tid == tid).then_some(buffer.record.registers)
     }
 
@@ -437,10 +531,9 @@ impl Kernel {
         if *entry == 0 {
             self.ids.remove(&id);
         }
-        let word = (id >> 6) % self.watched.len();
-        let bits = self.ids.keys().filter(|id| (*id >> 6) % self.watched.len() == word);
-        let value = bits.fold(0u64, |value, id| value | 1 << (id & 63));
-        Ok(self.watched.set(word, value, 0)?)
+        let entry = id % self.watched.len();
+        let is_watched = self.ids.keys().any(|other| other % self.watched.len() == entry);
+        Ok(self.watched.set(entry, u32::from(is_watched), 0)?)
     }
 }
 

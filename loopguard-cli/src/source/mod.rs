@@ -11,5 +11,6 @@ pub mod features;
 pub mod kernel;
 pub mod live;
 pub mod process;
+pub mod select;
 pub mod syscall;
 pub mod target;

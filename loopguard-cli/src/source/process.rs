@@ -46,12 +46,6 @@ pub fn children(pid: u32, wanted: Option<u32>) -> Option<String> {
     (!found.is_empty()).then(|| format!("child {names}{more}"))
 }
 
-fn parent(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command stands in parentheses and may hold any; the state and the parent follow (proc(5)).
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-}
-
 pub fn threads(pid: u32) -> io::Result<Vec<Tid>> {
     let entries = fs::read_dir(format!("/proc/{pid}/task"))?;
     Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())
@@ -165,6 +159,75 @@ fn parse_address(text: &str) -> Option<String> {
     }
 }
 
+/// One process for ever: ids are used again, a handle and the start time are not.
+#[derive(Debug)]
+pub struct Identity {
+    pub pid: u32,
+    pub pidfd: OwnedFd,
+    /// In clock ticks of [`TICK_NS`], on the clock that goes on while the machine sleeps.
+    pub start_ticks: u64,
+}
+
+/// The unit of times in /proc/PID/stat: USER_HZ is 100 on every architecture that matters here (proc(5)).
+pub const TICK_NS: u64 = 10_000_000;
+
+impl Identity {
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let pidfd = pidfd(pid)?;
+        let start_ticks = stat(pid)?.start_ticks;
+        // Read while the handle's process lived: it is that process's.
+        if has_ended(&pidfd) { Err(io::ErrorKind::NotFound.into()) } else { Ok(Self { pid, pidfd, start_ticks }) }
+    }
+
+    /// Whether it is the process that was made at this moment.
+    pub fn is_process_of(&self, start_boottime_ns: u64) -> bool {
+        self.start_ticks == start_boottime_ns / TICK_NS
+    }
+}
+
+/// What /proc/PID/stat says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stat {
+    pub parent: u32,
+    /// CPU time of all its threads, those that have ended included.
+    pub cpu: Duration,
+    pub start_ticks: u64,
+}
+
+pub fn stat(pid: u32) -> io::Result<Stat> {
+    parse_stat(&fs::read(format!("/proc/{pid}/stat"))?).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn parse_stat(line: &[u8]) -> Option<Stat> {
+    // The name may hold anything, parentheses too.
+    let after_name = line.iter().rposition(|byte| *byte == b')')?;
+    let rest = std::str::from_utf8(&line[after_name + 1..]).ok()?;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+    Some(Stat {
+        parent: number(4)? as u32,
+        cpu: Duration::from_nanos((number(14)? + number(15)?).saturating_mul(TICK_NS)),
+        start_ticks: number(22)?,
+    })
+}
+
+pub fn parent(pid: u32) -> Option<u32> {
+    stat(pid).ok().map(|stat| stat.parent)
+}
+
+/// Every process there is, in the order of their ids.
+pub fn all() -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let mut pids: Vec<u32> = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    pids.sort_unstable();
+    pids
+}
+
+/// Every process with its parent.
+pub fn parents() -> Vec<(u32, u32)> {
+    all().into_iter().filter_map(|pid| Some((pid, parent(pid)?))).collect()
+}
+
 /// A handle that becomes readable when the process ends, and never means another one.
 pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: a plain system call; the result is checked.
@@ -224,6 +287,25 @@ mod tests {
         assert_eq!(parse_address("0000000000000000FFFF00000100007F:0050").as_deref(), Some("127.0.0.1:80"));
         assert_eq!(parse_address("0100:1"), None);
         assert_eq!(parse_address("zz"), None);
+    }
+
+    #[test]
+    fn a_process_may_be_called_anything() {
+        let line = b"7 (a) b (c)) S 3 7 7 0 -1 4194304 1 0 0 0 150 50 0 0 20 0 1 0 12345 1 1";
+        let stat = Stat { parent: 3, cpu: Duration::from_secs(2), start_ticks: 12345 };
+        assert_eq!(parse_stat(line), Some(stat));
+        for end in 0..line.len() - 10 {
+            assert_eq!(parse_stat(&line[..end]), None, "cut at {end}");
+        }
+    }
+
+    #[test]
+    fn a_process_is_told_from_a_later_one_with_its_id() {
+        let identity = Identity::of(std::process::id()).unwrap();
+        let start_ns = identity.start_ticks * TICK_NS;
+        assert!(identity.is_process_of(start_ns) && identity.is_process_of(start_ns + TICK_NS - 1));
+        assert!(!identity.is_process_of(start_ns + TICK_NS) && !identity.is_process_of(start_ns - 1));
+        assert!(parents().iter().any(|(pid, _)| *pid == identity.pid));
     }
 
     #[test]

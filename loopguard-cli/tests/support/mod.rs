@@ -124,6 +124,16 @@ pub fn request(port: u16, text: &str) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+/// Like [`request`], of a server that may be gone.
+pub fn try_request(port: u16, text: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(text.as_bytes())?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -141,27 +151,42 @@ pub struct Watching {
 impl Watching {
     /// Returns once loopguard says that it watches a loop.
     pub fn start(pid: u32, arguments: &[&str]) -> Self {
+        let mut watching = Self::begin(pid, arguments);
+        watching.wait_for_loops(1);
+        watching
+    }
+
+    /// Returns at once.
+    pub fn begin(pid: u32, arguments: &[&str]) -> Self {
+        Self::with(&[&["--pid", &pid.to_string()], arguments].concat())
+    }
+
+    /// Likewise, with a selection among the arguments.
+    pub fn with(arguments: &[&str]) -> Self {
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
         let name = format!("{}-{number}", std::process::id());
         let (events, messages) = (folder.join(format!("{name}.jsonl")), folder.join(format!("{name}.messages")));
         let child = loopguard()
-            .args(["attach", "--pid", &pid.to_string(), "--format", "jsonl", "--output"])
+            .args(["attach", "--format", "jsonl", "--output"])
             .arg(&events)
             .args(arguments)
             .stderr(fs::File::create(&messages).unwrap())
             .spawn()
             .unwrap();
-        let mut watching = Self { child, events, messages };
+        Self { child, events, messages }
+    }
+
+    /// Waits until loopguard says that it watches so many loops, those that are gone again included.
+    pub fn wait_for_loops(&mut self, count: usize) {
         let started = Instant::now();
-        let says_it_watches = |messages: &str| messages.contains("watching process") && messages.ends_with('\n');
-        while !says_it_watches(&watching.messages()) {
-            assert!(watching.child.try_wait().unwrap().is_none(), "loopguard ended: {}", watching.messages());
-            assert!(started.elapsed() < PATIENCE, "loopguard sees no loop: {}", watching.messages());
+        let says = |messages: &str| messages.matches("watching process").count() >= count && messages.ends_with('\n');
+        while !says(&self.messages()) {
+            assert!(self.child.try_wait().unwrap().is_none(), "loopguard ended: {}", self.messages());
+            assert!(started.elapsed() < PATIENCE, "loopguard does not see {count} loops: {}", self.messages());
             thread::sleep(Duration::from_millis(10));
         }
-        watching
     }
 
     pub fn messages(&self) -> String {

@@ -294,6 +294,19 @@ impl Interpreter {
         })
     }
 
+    /// The same interpreter in a process that was forked from this one.
+    ///
+    /// # Errors
+    /// When the process does not have it, or not any more.
+    pub fn of_fork(&self, pid: u32) -> Result<Self, NotUsable> {
+        let memory = Source::Live(ProcessMemory { pid }.into());
+        let fork = Self::new(pid, (self.version, self.found_by), self.anchors, memory)?;
+        if let Some(asyncio) = self.asyncio.get() {
+            let _ = fork.asyncio.set(*asyncio);
+        }
+        Ok(fork)
+    }
+
     /// What the kernel programs need to know; changes once, when [`refresh_asyncio`](Self::refresh_asyncio) succeeds.
     pub fn layout(&self) -> PyLayout {
         let mut layout = self.offsets.layout;

@@ -40,6 +40,7 @@ impl Maps {
             if let Map::Array(data)
             | Map::PerCpuArray(data)
             | Map::HashMap(data)
+            | Map::Queue(data)
             | Map::LruHashMap(data)
             | Map::RingBuf(data)
             | Map::PerfEventArray(data) = map

@@ -1,6 +1,6 @@
 //! Probes the polls of tokio's tasks, and reads what the kernel programs know of them.
 
-use std::{collections::HashMap as StdHashMap, num::NonZeroU32, os::fd::OwnedFd, path::Path, thread, time::Duration};
+use std::{collections::HashMap as StdHashMap, num::NonZeroU32, os::fd::OwnedFd, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -92,12 +92,6 @@ impl PollProbes {
     pub fn forget_worker(&mut self, slot: u32) -> Result<()> {
         Ok(self.workers.set(slot, Worker::default(), 0)?)
     }
-}
-
-/// Removes probes aside: the kernel takes about a tenth of a second for each link, one after the other, and the loops
-/// are to be watched meanwhile.
-fn remove(probes: Vec<Placed>) {
-    thread::spawn(move || drop(probes));
 }
 
 impl Kernel {
@@ -247,13 +241,13 @@ impl Kernel {
         for place in places {
             let _ = self.polls.returns.remove(&place);
         }
-        remove(links);
+        self.closing.close(links);
         if self.polls.marked.is_empty() {
             for (name, link) in std::mem::take(&mut self.polls.transfers) {
                 if let Ok(program) = program_mut(&mut self.bpf, name).map(<&mut TracePoint>::try_from)
-                    && let Ok(program) = program
+                    && let Ok(link) = program.and_then(|program| program.take_link(link))
                 {
-                    let _ = program.detach(link);
+                    self.closing.close(link);
                 }
             }
         }
@@ -263,7 +257,7 @@ impl Kernel {
     pub fn forget_polls(&mut self, pid: u32) {
         self.unmark_polls(pid);
         if let Some(links) = self.polls.blocking.remove(&pid) {
-            remove(links);
+            self.closing.close(links);
         }
     }
 

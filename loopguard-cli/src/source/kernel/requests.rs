@@ -72,8 +72,9 @@ impl Kernel {
         for (probe, link) in links {
             if let Ok(program) = program_mut(&mut self.bpf, program(probe))
                 && let Ok(program) = <&mut UProbe>::try_from(program)
+                && let Ok(link) = program.take_link(link)
             {
-                let _ = program.detach(link);
+                self.closing.close(link);
             }
         }
     }

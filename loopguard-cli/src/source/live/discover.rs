@@ -9,7 +9,6 @@ use loopguard_common::{
 use super::{
     Live, Loop,
     facts::{StepFacts, empty_capture, frames, walk_status},
-    find_python,
     polls::PollOwners,
 };
 use crate::{
@@ -18,6 +17,8 @@ use crate::{
     source::{kernel::Standing, process, syscall},
 };
 
+/// How often a thread's frames are looked at before it is no loop.
+const LOOKS_AT_FRAMES: usize = 5;
 /// A worker's epoll descriptor as long as it is not known: its first poll will tell.
 const NO_DESCRIPTOR: i32 = -1;
 
@@ -31,7 +32,10 @@ impl Live {
     }
 
     fn look_for_loops(&mut self, events: &mut Vec<Event>) -> Result<()> {
-        for pid in self.targets.keys().copied().collect::<Vec<_>>() {
+        // Workers are numbered as they are found: the oldest first.
+        let mut pids: Vec<u32> = self.targets.keys().copied().collect();
+        pids.sort_by_key(|pid| (self.targets[pid].identity.start_ticks, *pid));
+        for pid in pids {
             let Ok(tids) = process::threads(pid) else { continue };
             for tid in tids {
                 if self.loops.contains_key(&tid) {
@@ -60,11 +64,39 @@ impl Live {
             LoopFrames::Runner if uses_uvloop => Runtime::Uvloop,
             _ => return Ok(()),
         };
-        let standing = Standing::InTick {
-            now_ns: process::monotonic_ns(),
-            waits_in: process::current_syscall(pid, tid).map(|(number, arg0)| (number as i32, arg0)),
-        };
+        let standing = Standing::InTick { now_ns: process::monotonic_ns(), waits_in: waits_in(pid, tid) };
         self.adopt(Found { pid, tid, epoll_fd, runtime, python: Some(python) }, standing, events)
+    }
+
+    /// A thread was seen to poll. One that polled for the first time is watched since, and what came of it may be among
+    /// the next records; to find out what it is can wait until then.
+    pub(super) fn reported(&mut self, poll: Poll, slot: Option<u32>, events: &mut Vec<Event>) -> Result<()> {
+        let Some(slot) = slot else {
+            let _ = self.look_into(poll.pid);
+            return self.polled(poll, events);
+        };
+        self.kernel.take_over(poll.tid, slot)?;
+        if !self.loops.contains_key(&poll.tid) {
+            self.unintroduced.push(poll);
+        }
+        Ok(())
+    }
+
+    /// Finds out what a thread is that is watched already, and lets go of it if it is no loop.
+    pub(super) fn introduce(&mut self, tid: Tid, events: &mut Vec<Event>) -> Result<()> {
+        let Some(at) = self.unintroduced.iter().position(|poll| poll.tid == tid) else { return Ok(()) };
+        let poll = self.unintroduced.remove(at);
+        // It runs meanwhile: what is read of its frames while they change may make no sense.
+        for _ in 0..LOOKS_AT_FRAMES {
+            if self.loops.contains_key(&tid) || self.look_into(poll.pid).is_err() {
+                break;
+            }
+            self.polled(poll.clone(), events)?;
+        }
+        if !self.loops.contains_key(&tid) {
+            self.kernel.unwatch_thread(tid);
+        }
+        Ok(())
     }
 
     /// A thread polls: is it a loop of ours, and is this the loop's own poll?
@@ -87,11 +119,11 @@ impl Live {
             }
             return Ok(());
         }
-        self.look_at_program(pid)?;
         let Some(target) = self.targets.get_mut(&pid) else { return Ok(()) };
-        // It may have been loaded since.
+        // It may have come in since.
         target.uses_uvloop = target.uses_uvloop || process::uses_uvloop(pid);
         let (uses_uvloop, is_python) = (target.uses_uvloop, target.python.is_some());
+        let is_first = target.since_birth && self.kernel.slot_of(tid).is_some();
         let found = match self.python_stack(pid, tid) {
             Some((python, stack)) => {
                 let runtime = match LoopFrames::of(&stack) {
@@ -100,6 +132,13 @@ impl Live {
                     LoopFrames::Asyncio { polls: true } => Runtime::Asyncio,
                     // A loop that only looked what is ready, and is in its first tick by now.
                     LoopFrames::Asyncio { polls: false } if returned_ns.is_some() => Runtime::Asyncio,
+                    // It has gone on since: with no other descriptor to poll, that was the loop's.
+                    LoopFrames::Asyncio { .. } if process::epoll_descriptors(pid) == [epoll_fd] => Runtime::Asyncio,
+                    // The first poll of a thread that was watched since its process began: the loop's, which polls
+                    // before it runs anything.
+                    LoopFrames::Asyncio { .. } if is_first && process::is_epoll_descriptor(pid, epoll_fd) => {
+                        Runtime::Asyncio
+                    }
                     // A poll inside a step: the loop's own will follow.
                     LoopFrames::Asyncio { polls: false } => return Ok(()),
                     _ => Runtime::Epoll,
@@ -111,36 +150,6 @@ impl Live {
             None => Found { pid, tid, epoll_fd, runtime: self.native_runtime(pid), python: None },
         };
         self.adopt(found, standing(&poll), events)
-    }
-
-    /// A process may run another program than when it was looked at: `loopguard run` watches its command from before
-    /// it is one, and launchers replace themselves.
-    fn look_at_program(&mut self, pid: u32) -> Result<()> {
-        let program = process::program(pid);
-        let Some(target) = self.targets.get_mut(&pid).filter(|target| target.program != program) else {
-            return Ok(());
-        };
-        target.program = program;
-        // If it ended meanwhile, that is seen soon.
-        let Ok((python, notice)) = find_python(pid) else { return Ok(()) };
-        self.notices.extend(notice);
-        self.naming.forget(pid);
-        self.naming.prepare(pid);
-        let layout = python.as_ref().map(|python| python.interpreter.layout());
-        self.unmark_polls(pid);
-        let tokio = if python.is_none() { self.find_tokio(pid) } else { None };
-        let has_tokio = tokio.is_some();
-        if let Some(target) = self.targets.get_mut(&pid) {
-            target.python = python;
-            target.tokio = tokio;
-            target.uses_uvloop = process::uses_uvloop(pid);
-        }
-        self.find_request_probes(pid);
-        if has_tokio {
-            self.watch_closely(pid);
-            self.mark_polls(pid);
-        }
-        layout.map_or(Ok(()), |layout| self.kernel.update_layout(pid, &layout))
     }
 
     /// A thread that nobody knew polls a task or runs a request's code: a worker, whose idling need not be a poll of its own.
@@ -177,6 +186,17 @@ impl Live {
         for tid in workers.map(|known| known.info.tid) {
             // If it ended meanwhile, that is seen soon.
             let _ = self.kernel.update_thread(tid, |thread| thread.flags |= THREAD_PARKS);
+        }
+    }
+
+    fn watch_from(&mut self, thread: LoopThread, (pid, tid): (u32, Tid), standing: Standing) -> Result<u32> {
+        let slot = self.kernel.watch_thread(thread, standing)?;
+        match self.fell_asleep((pid, tid), standing) {
+            Some(standing) => {
+                self.kernel.unwatch_thread(tid);
+                self.kernel.watch_thread(thread, standing)
+            }
+            None => Ok(slot),
         }
     }
 
@@ -221,14 +241,17 @@ impl Live {
             gil,
             ..LoopThread::default()
         };
-        let watched =
-            self.kernel.watch_thread(thread, standing).and_then(|slot| match self.fell_asleep((pid, tid), standing) {
-                Some(standing) => {
-                    self.kernel.unwatch_thread(tid);
-                    self.kernel.watch_thread(thread, standing)
+        let watched = match self.kernel.slot_of(tid) {
+            Some(_) => self.kernel.introduce_thread(thread).and_then(|slot| {
+                // Its programs could not know that this is how it parks.
+                let may_be_parked = thread.flags & (THREAD_PARKS | THREAD_PARKS_ON_FUTEX) != 0;
+                if may_be_parked && waits_in(pid, tid).is_some_and(|(call, _)| i64::from(call) == libc::SYS_futex) {
+                    self.kernel.set_idle(tid)?;
                 }
-                None => Ok(slot),
-            });
+                Ok(slot)
+            }),
+            None => self.watch_from(thread, (pid, tid), standing),
+        };
         let slot = match watched {
             Ok(slot) => slot,
             Err(error) => {
@@ -237,7 +260,8 @@ impl Live {
                 return Ok(());
             }
         };
-        let marks = self.step_marks(pid, runtime);
+        self.naming.prepare(pid);
+        let marks = self.marks_of_sibling(pid, runtime).or_else(|| self.step_marks(pid, runtime));
         if let Some(target) = self.targets.get_mut(&pid)
             && let Some(python) = &mut target.python
             && python.interpreter.refresh_asyncio()
@@ -249,6 +273,7 @@ impl Live {
             tid,
             thread: process::thread_name(pid, tid),
             runtime,
+            worker: self.worker(pid),
             steps: if marks.is_some() || self.polls_are_marked(pid) { StepMarks::Exact } else { StepMarks::TicksOnly },
         };
         events.push(Event::LoopFound(info.clone()));
@@ -269,11 +294,14 @@ impl Live {
         );
         if self.targets[&pid].closeness.is_close() {
             self.watch_loop_closely(tid);
+        } else if self.has_close_sibling(pid) {
+            self.watch_closely(pid);
         }
         Ok(())
     }
 }
 
+#[derive(Clone)]
 pub(super) struct Poll {
     pub(super) pid: u32,
     pub(super) tid: Tid,
@@ -293,6 +321,11 @@ fn standing(poll: &Poll) -> Standing {
         }
         _ => Standing::Idle,
     }
+}
+
+/// The system call a thread sleeps in, with its first argument.
+fn waits_in(pid: u32, tid: Tid) -> Option<(i32, u64)> {
+    process::current_syscall(pid, tid).map(|(number, arg0)| (number as i32, arg0))
 }
 
 struct Found {

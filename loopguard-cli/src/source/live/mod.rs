@@ -1,10 +1,12 @@
 //! Follows running processes: turns kernel records into events, reading the target while the step still runs.
 //!
-//! [`discover`] finds the loop threads, [`steps`] marks their steps, [`facts`] reads what a step is about, [`requests`]
-//! what servers tell of their requests, [`pages`] puts stack copies together, [`waits`] says what a wait waits on.
+//! [`follow`] keeps up with processes, [`discover`] finds their loop threads, [`steps`] marks the steps of these, [`facts`]
+//! reads what a step is about, [`requests`] what servers tell of their requests, [`pages`] puts stack copies together,
+//! [`waits`] says what a wait waits on.
 
 mod discover;
 mod facts;
+mod follow;
 mod pages;
 mod polls;
 mod requests;
@@ -15,14 +17,13 @@ mod waits;
 use std::{
     collections::{BTreeSet, HashMap},
     io,
-    os::fd::OwnedFd,
     sync::Arc,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use aya::maps::{MapData, RingBuf};
 use loopguard_common::{
-    records::{MAX_STACK_PAGES, STACK_PAGE, STEP_ADDS_UP},
+    records::{MAX_STACK_PAGES, NO_SLOT, STACK_PAGE, STEP_ADDS_UP},
     short::ShortPace,
 };
 use tokio::io::unix::AsyncFd;
@@ -31,7 +32,7 @@ use super::{
     cost::CostMeter,
     decode::{Record, decode},
     kernel::{Kernel, Pace, Talk},
-    process,
+    process::{self, Identity},
 };
 use crate::{
     core::{
@@ -39,7 +40,7 @@ use crate::{
         event::{Event, LoopInfo, Tid},
         status::{StackCounts, Status, ThreadStatus},
     },
-    runtime::cpython::{self, Inspector, Interpreter, NotUsable, PyThreadInfo},
+    runtime::cpython::{Inspector, Interpreter, PyThreadInfo},
     symbol::naming::Naming,
 };
 use discover::Poll;
@@ -49,8 +50,6 @@ use polls::{PollOwners, TokioTarget};
 use requests::Requests;
 use steps::{Closeness, StepMark};
 
-/// Loops that are gone and still listed.
-const MAX_FINISHED: usize = 1000;
 /// Short steps are told once they sum up to this part of the cumulative threshold.
 const SHORT_SHARE: u64 = 8;
 
@@ -87,23 +86,35 @@ pub struct Live {
     naming: Naming,
     options: Options,
     targets: HashMap<u32, Target>,
+    watched_processes: usize,
     loops: HashMap<Tid, Loop>,
     requests: Requests,
+    /// Threads that are watched already, without anything being known of them but their polls.
+    unintroduced: Vec<Poll>,
     cost: CostMeter,
     /// What happened and did not fit into events: for the person at the terminal.
     notices: Vec<String>,
     /// What loops that are gone had done.
     finished: Vec<ThreadStatus>,
+    /// Lost records when it was last looked for threads of which nobody told.
+    lost_when_searched: u64,
     /// Records that no code here understood.
     unknown_records: u64,
 }
 
 /// A process that is watched.
 struct Target {
-    pid: u32,
-    pidfd: OwnedFd,
-    /// Which program it ran when it was looked at.
-    program: Option<process::Program>,
+    identity: Identity,
+    /// The watched process that made it.
+    parent: Option<u32>,
+    /// Whether it is known what it runs.
+    looked_into: bool,
+    /// Watched since it was made, not only since loopguard came.
+    since_birth: bool,
+    /// It runs the program of the process that it was forked from.
+    is_fork: bool,
+    /// Its number among its parent's children with loops.
+    worker: Option<u32>,
     python: Option<Python>,
     tokio: Option<TokioTarget>,
     uses_uvloop: bool,
@@ -129,19 +140,6 @@ struct Loop {
     /// What is shown as its threshold.
     threshold_ns: u64,
     poll_owners: PollOwners,
-}
-
-/// The interpreter of a process, if it has one that can be read; and what to tell the person at the terminal.
-fn find_python(pid: u32) -> Result<(Option<Python>, Option<String>)> {
-    match cpython::find(pid) {
-        Ok(interpreter) => {
-            let interpreter = Arc::new(interpreter);
-            Ok((Some(Python { inspector: Inspector::new(interpreter.clone()), interpreter }), None))
-        }
-        Err(NotUsable::NotPython) => Ok((None, None)),
-        Err(NotUsable::Gone) => bail!("process {pid} ended while loopguard was attaching"),
-        Err(other) => Ok((None, Some(format!("process {pid}: {other}; its loops are watched without names")))),
-    }
 }
 
 impl Options {
@@ -180,38 +178,20 @@ impl Live {
             naming: Naming::start()?,
             options,
             targets: HashMap::new(),
+            watched_processes: 0,
             loops: HashMap::new(),
             requests: Requests::default(),
+            unintroduced: Vec::new(),
             cost: CostMeter::default(),
             notices: Vec::new(),
             finished: Vec::new(),
+            lost_when_searched: 0,
             unknown_records: 0,
         };
         for &pid in pids {
-            live.add_target(pid)?;
+            live.add_tree(pid)?;
         }
         Ok(live)
-    }
-
-    fn add_target(&mut self, pid: u32) -> Result<()> {
-        let pidfd = process::pidfd(pid).with_context(|| format!("process {pid} cannot be opened"))?;
-        let program = process::program(pid);
-        let (python, notice) = find_python(pid)?;
-        self.notices.extend(notice);
-        self.naming.prepare(pid);
-        let uses_uvloop = process::uses_uvloop(pid);
-        let layout = python.as_ref().map(|python| python.interpreter.layout());
-        self.kernel.watch_process(pid, layout.as_ref())?;
-        let tokio = if python.is_none() { self.find_tokio(pid) } else { None };
-        let has_tokio = tokio.is_some();
-        let closeness = Closeness::default();
-        self.targets.insert(pid, Target { pid, pidfd, program, python, tokio, uses_uvloop, closeness, ended: false });
-        self.find_request_probes(pid);
-        if has_tokio {
-            // Where its workers park is seen while polls are marked, and needed afterwards.
-            self.watch_closely(pid);
-        }
-        Ok(())
     }
 
     /// Waits until records are there.
@@ -249,6 +229,7 @@ impl Live {
         while let Some(record) = self.records.get_mut().next().map(|bytes| decode(&bytes)) {
             match record {
                 Ok(Record::Capture(record)) => {
+                    self.introduce(record.header.tid, events)?;
                     let copy = self.pages.take(&record);
                     if let Some(capture) = self.capture(&record, Freshness::Unknown) {
                         let seen = self.seen(&record, capture, copy);
@@ -257,6 +238,7 @@ impl Live {
                     }
                 }
                 Ok(Record::Step(record)) => {
+                    self.introduce(record.header.tid, events)?;
                     if record.flags & STEP_ADDS_UP != 0 {
                         self.watch_closely(record.header.tgid);
                     }
@@ -279,10 +261,15 @@ impl Live {
                         syscall: i64::from(record.syscall),
                         returned_ns: (record.timeout_ms == 0).then_some(record.at_ns),
                     };
-                    self.polled(found, events)?;
+                    let slot = (record.slot != NO_SLOT).then_some(record.slot);
+                    self.reported(found, slot, events)?;
                 }
+                Ok(Record::Process(record)) => self.process_changed(&record, events),
                 Ok(Record::StackPage(_)) | Err(_) => self.unknown_records += 1,
             }
+        }
+        while let Some(tid) = self.unintroduced.first().map(|poll| poll.tid) {
+            self.introduce(tid, events)?;
         }
         Ok(())
     }
@@ -299,36 +286,18 @@ impl Live {
         self.cost.turn(&self.kernel);
         self.kernel.flush_log();
         self.relax();
-        for target in self.targets.values_mut() {
-            target.ended = process::has_ended(&target.pidfd);
-        }
-        let gone = |live: &Self, known: &Loop| {
-            live.targets[&known.info.pid].ended
-                || !std::path::Path::new(&format!("/proc/{}/task/{}", known.info.pid, known.info.tid)).exists()
-        };
-        let tids: Vec<Tid> =
-            self.loops.values().filter(|known| gone(self, known)).map(|known| known.info.tid).collect();
-        for tid in tids {
-            if let Some(known) = self.loops.remove(&tid) {
-                self.finished.push(ThreadStatus { is_gone: true, step_start_ns: None, ..self.thread_status(&known) });
-                // Bounded, however many threads come and go.
-                if self.finished.len() > MAX_FINISHED {
-                    self.finished.remove(0);
-                }
-            }
-            self.kernel.unwatch_thread(tid);
-            events.push(Event::LoopGone { tid });
-        }
-        for target in self.targets.values().filter(|target| target.ended) {
-            self.kernel.unwatch_process(target.pid);
-            self.naming.forget(target.pid);
-        }
+        self.let_go(events);
         events.push(Event::TimePassed { now_ns: process::monotonic_ns() });
         self.tend_requests();
     }
 
+    /// Processes that were watched in all.
+    pub fn watched_processes(&self) -> usize {
+        self.watched_processes
+    }
+
     pub fn all_ended(&self) -> bool {
-        self.targets.values().all(|target| target.ended)
+        self.targets.is_empty()
     }
 
     fn thread_status(&self, known: &Loop) -> ThreadStatus {

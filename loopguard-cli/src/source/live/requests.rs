@@ -161,7 +161,7 @@ impl Requests {
         self.processes.get(&pid).is_some_and(|provider| !provider.sites.is_empty())
     }
 
-    fn close_process(&mut self, pid: u32) {
+    pub(super) fn close_process(&mut self, pid: u32) {
         if self.processes.remove(&pid).is_none() {
             return;
         }
@@ -174,6 +174,16 @@ impl Requests {
 }
 
 impl Live {
+    /// Where a process had no probes, one forked from it has none: its files need not be read again.
+    pub(super) fn inherit_request_probes(&mut self, pid: u32, parent: u32) {
+        let Some(provider) = self.requests.processes.get(&parent).filter(|provider| provider.sites.is_empty()) else {
+            return;
+        };
+        let (now, seen) = (process::monotonic_ns(), provider.seen.clone());
+        let inherited = Provider { since_ns: now, look_again_ns: now + LOOK_EVERY_NS, seen, ..Provider::default() };
+        self.requests.processes.insert(pid, inherited);
+    }
+
     /// Looks for the provider in files of `pid` that were not looked into yet.
     pub(super) fn find_request_probes(&mut self, pid: u32) {
         let now = process::monotonic_ns();
@@ -252,13 +262,10 @@ impl Live {
 
     /// Looks for new libraries, and makes room for new requests if there is none.
     pub(super) fn tend_requests(&mut self) {
-        let pids: Vec<(u32, bool)> = self.targets.values().map(|target| (target.pid, target.ended)).collect();
-        for (pid, ended) in pids {
-            if ended {
-                self.requests.close_process(pid);
-            } else {
-                self.find_request_probes(pid);
-            }
+        // Children that were never looked into have no loops.
+        let pids = self.targets.iter().filter(|(_, target)| target.looked_into).map(|(pid, _)| *pid);
+        for pid in pids.collect::<Vec<_>>() {
+            self.find_request_probes(pid);
         }
         let untracked = self.kernel.counts().requests_untracked;
         if untracked > self.requests.untracked_when_swept {

@@ -57,6 +57,15 @@ pub(super) struct StepMark {
     flags: u32,
 }
 
+impl StepMark {
+    /// The same in another process that maps the same file at the same place, if it does.
+    pub(super) fn in_process(&self, from: u32, to: u32) -> Option<Self> {
+        let mapping = self.site.file.strip_prefix(format!("/proc/{from}")).ok()?;
+        let file = std::path::Path::new("/proc").join(to.to_string()).join(mapping);
+        file.exists().then(|| Self { site: ProbeSite { file, ..self.site.clone() }, ..self.clone() })
+    }
+}
+
 impl Live {
     /// Where the steps of this kind of loop can be marked, if they are wanted and there is such a place.
     pub(super) fn step_marks(&mut self, pid: u32, runtime: Runtime) -> Option<StepMark> {
@@ -114,16 +123,16 @@ impl Live {
     pub(super) fn relax(&mut self) {
         let now = process::monotonic_ns();
         let mut relaxed = Vec::new();
-        for target in self.targets.values_mut() {
+        for (&pid, target) in &mut self.targets {
             if !target.closeness.is_over(now) {
                 continue;
             }
-            for known in self.loops.values().filter(|known| known.info.pid == target.pid) {
+            for known in self.loops.values().filter(|known| known.info.pid == pid) {
                 let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags &= !THREAD_CLOSE);
                 let _ = self.kernel.sample(known.info.tid, Sampling::Watchful);
             }
-            self.kernel.detach_steps(target.pid);
-            relaxed.push(target.pid);
+            self.kernel.detach_steps(pid);
+            relaxed.push(pid);
         }
         for pid in relaxed {
             self.unmark_polls(pid);

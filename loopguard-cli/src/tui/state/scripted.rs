@@ -66,7 +66,14 @@ pub fn status_at(now_ns: u64) -> Status {
 }
 
 pub fn thread() -> LoopInfo {
-    LoopInfo { pid: 1234, tid: TID, thread: "uvicorn".to_owned(), runtime: Runtime::Uvloop, steps: StepMarks::Exact }
+    LoopInfo {
+        pid: 1234,
+        tid: TID,
+        thread: "uvicorn".to_owned(),
+        runtime: Runtime::Uvloop,
+        worker: None,
+        steps: StepMarks::Exact,
+    }
 }
 
 fn owner(who: &str) -> Owner {

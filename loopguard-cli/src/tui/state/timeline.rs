@@ -160,7 +160,7 @@ mod tests {
 
     fn thread(tid: u32) -> LoopInfo {
         let thread = "loop".to_owned();
-        LoopInfo { pid: 1, tid, thread, runtime: Runtime::Asyncio, steps: StepMarks::Exact }
+        LoopInfo { pid: 1, tid, thread, runtime: Runtime::Asyncio, worker: None, steps: StepMarks::Exact }
     }
 
     /// One character a column of a second: the peak in seconds, and its cause.
