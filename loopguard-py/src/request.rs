@@ -179,24 +179,29 @@ impl Request {
         }
     }
 
+    /// `now`: until when it ran. That a block is told of is still the request's own time to tracers: the loop waits.
     fn exit(slf: &Bound<'_, Self>, now: u64) {
         let (py, request) = (slf.py(), slf.get());
+        let since = request.running_since_ns.load(Relaxed);
+        request.running_since_ns.store(0, Relaxed);
+        let ns = now.saturating_sub(since);
+        if ns >= request.rule.threshold_ns {
+            request.note_block(slf, since, now);
+        }
         if request.told != Told::Silent {
             request.tell_route(py);
             probe::exit(request.id);
         }
-        let since = request.running_since_ns.load(Relaxed);
-        request.running_since_ns.store(0, Relaxed);
-        let ns = now.saturating_sub(since);
-        if ns < request.rule.threshold_ns {
-            return;
-        }
-        request.blocks.fetch_add(1, Relaxed);
-        request.blocked_ns.fetch_add(ns, Relaxed);
-        if let Some(on_block) = &request.rule.on_block
-            && let Err(error) = on_block.call1(py, (slf, since, now))
+    }
+
+    #[cold]
+    fn note_block(&self, slf: &Bound<'_, Self>, since: u64, until: u64) {
+        self.blocks.fetch_add(1, Relaxed);
+        self.blocked_ns.fetch_add(until.saturating_sub(since), Relaxed);
+        if let Some(on_block) = &self.rule.on_block
+            && let Err(error) = on_block.call1(slf.py(), (slf, since, until))
         {
-            error.write_unraisable(py, None);
+            error.write_unraisable(slf.py(), None);
         }
     }
 
