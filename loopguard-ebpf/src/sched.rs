@@ -6,8 +6,7 @@ use aya_ebpf::{
 };
 use loopguard_common::{
     clock::SwitchOut,
-    records::{CaptureCause, REGISTER_SP, THREAD_PARKS, THREAD_TOKIO},
-    worker::FutexMeaning,
+    records::{CaptureCause, REGISTER_SP, THREAD_PARKS, THREAD_PARKS_ON_FUTEX, THREAD_TOKIO},
 };
 
 use crate::{
@@ -109,12 +108,11 @@ fn switched_out(mut target: Watched, preempted: bool) {
     }
     target.clock.seen_running(now);
     let futex = call.number == futex_syscall();
-    if futex {
-        let meaning = task::futex_meaning(&target, now);
-        if meaning != FutexMeaning::Waits {
-            task::idles(target, now, meaning);
-            return;
-        }
+    if futex
+        && target.thread.flags & THREAD_PARKS_ON_FUTEX != 0
+        && task::task_idles(target.slot, target.thread.tid, now) != 0
+    {
+        return;
     }
     let Some(buffer) = capture_buffer(target.slot) else { return };
     let gil = futex && (target.thread.gil[0].contains(call.arg0) || target.thread.gil[1].contains(call.arg0));

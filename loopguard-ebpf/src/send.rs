@@ -44,25 +44,25 @@ fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep, request: u64) 
         count(Counter::Lost);
         return;
     };
-    entry.write(step_record(thread, clock, ended, request));
+    // SAFETY: room for a record, of which every field is written.
+    fill_step(unsafe { &mut *entry.as_mut_ptr() }, thread, clock, (ended, request));
     entry.submit(0);
     count(Counter::Sent);
 }
 
+/// Field by field: a record is half of what fits on the stack.
 #[inline(always)]
-pub fn step_record(thread: &LoopThread, clock: &LoopClock, ended: EndedStep, request: u64) -> StepRecord {
-    StepRecord {
-        header: RecordHeader { kind: RecordKind::Step as u32, tgid: thread.tgid, tid: thread.tid, _pad: 0 },
-        seq: clock.step_seq,
-        request,
-        tick_start_ns: clock.tick_start_ns,
-        start_ns: ended.start_ns,
-        end_ns: ended.end_ns,
-        off_cpu: clock.off_cpu(),
-        waits: clock.waits,
-        flags: clock.step_flags,
-        wait_count: clock.wait_count,
-    }
+pub fn fill_step(record: &mut StepRecord, thread: &LoopThread, clock: &LoopClock, (ended, request): (EndedStep, u64)) {
+    record.header = RecordHeader { kind: RecordKind::Step as u32, tgid: thread.tgid, tid: thread.tid, _pad: 0 };
+    record.seq = clock.step_seq;
+    record.request = request;
+    record.tick_start_ns = clock.tick_start_ns;
+    record.start_ns = ended.start_ns;
+    record.end_ns = ended.end_ns;
+    record.off_cpu = clock.off_cpu();
+    record.waits = clock.waits;
+    record.flags = clock.step_flags;
+    record.wait_count = clock.wait_count;
 }
 
 /// A step that had to wait for what followed.

@@ -31,7 +31,7 @@ use loopguard_common::{
 };
 
 use crate::{
-    maps::{PROCESSES, RECORDS, REPORTED_POLLS, Watched, count, maybe_watched, watched},
+    maps::{PROCESSES, RECORDS, REPORTED_POLLS, Watched, at_slot, count, maybe_watched, watched},
     send,
 };
 
@@ -255,7 +255,7 @@ fn finish_long(target: &mut Watched, worker: &mut Worker, ended: EndedStep) {
 fn hold(target: &Watched, worker: &mut Worker, ended: EndedStep, request: u64) {
     if let Some(held) = HELD.get_ptr_mut(target.slot) {
         // SAFETY: as for the clock of the same slot.
-        unsafe { *held = send::step_record(target.thread, target.clock, ended, request) };
+        send::fill_step(unsafe { &mut *held }, target.thread, target.clock, (ended, request));
         worker.flags |= WORKER_HOLDS_STEP;
     }
 }
@@ -414,15 +414,25 @@ pub fn on_blocking_task(_ctx: ProbeContext) -> u32 {
 /// A worker ends its tick in epoll.
 #[inline(always)]
 pub fn parks(target: &Watched) {
-    if target.thread.flags & THREAD_TOKIO != 0
-        && let Some(worker) = worker(target.slot)
+    if target.thread.flags & THREAD_TOKIO != 0 {
+        task_parks(target.slot, target.thread.tid);
+    }
+}
+
+/// Global too.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn task_parks(slot: u32, tid: u32) -> u32 {
+    if let Some(target) = at_slot(slot, tid)
+        && let Some(worker) = worker(slot)
     {
         if worker.flags & WORKER_AWAY != 0 {
-            becomes_worker(target.thread.tid);
+            becomes_worker(tid);
         }
-        release(target, worker);
+        release(&target, worker);
         worker.parks();
     }
+    0
 }
 
 /// Whether an epoll descriptor is the thread's own: a worker that was found by its polls has none that is known yet.
@@ -434,12 +444,24 @@ pub fn polls_own(target: &Watched, epoll_fd: i32) -> bool {
             && target.clock.step_flags & STEP_PROBED == 0)
 }
 
+/// Whether a wait in `futex` of a thread that parks there leaves it idle (1), and does what follows from that.
+///
+/// A global function, like [`capture_take`](crate::capture::capture_take) and for the same reason.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn task_idles(slot: u32, tid: u32, at: u64) -> u32 {
+    let Some(target) = at_slot(slot, tid) else { return 0 };
+    let meaning = futex_meaning(&target, at);
+    if meaning == FutexMeaning::Waits {
+        return 0;
+    }
+    idles(target, at, meaning);
+    1
+}
+
 /// What a wait in `futex` means.
 #[inline(always)]
-pub fn futex_meaning(target: &Watched, at: u64) -> FutexMeaning {
-    if target.thread.flags & THREAD_PARKS_ON_FUTEX == 0 {
-        return FutexMeaning::Waits;
-    }
+fn futex_meaning(target: &Watched, at: u64) -> FutexMeaning {
     let Some(worker) = worker(target.slot) else { return FutexMeaning::Waits };
     // SAFETY: the current task exists; its saved registers are read through a helper that checks.
     let saved = unsafe { bpf_probe_read_kernel(bpf_task_pt_regs(bpf_get_current_task_btf()) as *const pt_regs) };
@@ -463,7 +485,7 @@ pub fn futex_meaning(target: &Watched, at: u64) -> FutexMeaning {
 
 /// What follows from a wait in which the thread is idle.
 #[inline(always)]
-pub fn idles(target: Watched, at: u64, meaning: FutexMeaning) {
+fn idles(target: Watched, at: u64, meaning: FutexMeaning) {
     let Some(worker) = worker(target.slot) else { return };
     if meaning == FutexMeaning::Leaves {
         worker.leaves(target.clock);
@@ -492,6 +514,14 @@ fn report_unclear(target: &Watched, at: u64) {
     report_return(header, 0);
 }
 
+/// The length, but less than `END`, a power of two: in a form that the verifier of every kernel sees the bounds of. The
+/// compiler knows them itself and would leave the mask out.
+#[inline(always)]
+fn below<const END: u32>(length: u64) -> u32 {
+    let length = if length < u64::from(END) { length as u32 } else { END - 1 };
+    core::hint::black_box(length) & (END - 1)
+}
+
 /// What a system call on a connection did.
 struct Transfer {
     fd: i32,
@@ -511,20 +541,23 @@ fn transfer(ctx: &TracePointContext, target: &Watched, vectored: u64) -> Option<
     if total <= 0 || target.thread.flags & THREAD_STEPS_TASK == 0 || target.clock.step_flags & STEP_PROBED == 0 {
         return None;
     }
-    // SAFETY: the current task exists; its saved registers are read through a helper that checks. Arguments are still
-    // in them at the exit.
-    let saved =
-        unsafe { bpf_probe_read_kernel(bpf_task_pt_regs(bpf_get_current_task_btf()) as *const pt_regs) }.ok()?;
-    let (mut buffer, mut length) = (saved.rsi, total as u64);
-    if saved.orig_rax == vectored {
+    // SAFETY: the current task exists; its saved registers are read through a helper that checks, one by one since all
+    // of them take a third of the stack. Arguments are still in them at the exit.
+    let (fd, arguments, call) = unsafe {
+        let saved = bpf_task_pt_regs(bpf_get_current_task_btf()) as *const pt_regs;
+        let read = |register: *const u64| bpf_probe_read_kernel(register).ok();
+        (read(&raw const (*saved).rdi)?, read(&raw const (*saved).rsi)?, read(&raw const (*saved).orig_rax)?)
+    };
+    let (mut buffer, mut length) = (arguments, total as u64);
+    if call == vectored {
         // struct iovec: base, length.
-        buffer = user_word(saved.rsi);
-        length = length.min(user_word(saved.rsi + 8));
+        buffer = user_word(arguments);
+        length = length.min(user_word(arguments + 8));
     }
-    let mut transfer = Transfer { fd: saved.rdi as i32, buffer, length, total: total as u64, start: [0; TRAIL_START] };
-    let seen = if length < TRAIL_START as u64 { length as u32 } else { TRAIL_START as u32 };
+    let mut transfer = Transfer { fd: fd as i32, buffer, length, total: total as u64, start: [0; TRAIL_START] };
+    let seen = below::<{ TRAIL_START as u32 }>(length);
     // SAFETY: at most as many bytes as there is room for.
-    unsafe { read_user_raw(transfer.start.as_mut_ptr().cast(), seen & 31, buffer as *const _) };
+    unsafe { read_user_raw(transfer.start.as_mut_ptr().cast(), seen, buffer as *const _) };
     Some(transfer)
 }
 
@@ -560,16 +593,16 @@ pub fn on_read(ctx: TracePointContext) -> u32 {
         }
         Read::GoOn => {}
     }
-    let kept = trail.kept as usize;
-    if kept < TRAIL_PIECE {
-        let length = if read.length < TRAIL_PIECE as u64 { read.length as usize } else { TRAIL_PIECE };
+    let kept = trail.kept;
+    if kept < TRAIL_PIECE as u32 {
+        let length = below::<{ TRAIL_PIECE as u32 }>(read.length);
         // SAFETY: the second half has room for a whole piece from any place in the first.
         let got = unsafe {
-            let to = trail.read.as_mut_ptr().add(kept & (TRAIL_PIECE - 1));
-            read_user_raw(to.cast(), (length & (2 * TRAIL_PIECE - 1)) as u32, read.buffer as *const _)
+            let to = trail.read.as_mut_ptr().add(below::<{ TRAIL_PIECE as u32 }>(u64::from(kept)) as usize);
+            read_user_raw(to.cast(), length, read.buffer as *const _)
         };
         if got == 0 {
-            trail.kept = (kept + length) as u32;
+            trail.kept = kept + length;
         }
     }
     trail.read_length += read.total;
@@ -595,15 +628,9 @@ pub fn on_write(ctx: TracePointContext) -> u32 {
     cut(&mut target, worker);
     trail.answers += 1;
     trail.answer_length = written.total;
-    let length = if written.length < TRAIL_ANSWER as u64 { written.length as u32 } else { TRAIL_ANSWER as u32 };
+    let length = below::<{ TRAIL_ANSWER as u32 }>(written.length);
     // SAFETY: at most as many bytes as there is room for.
-    let got = unsafe {
-        read_user_raw(
-            trail.answer.as_mut_ptr().cast(),
-            length & (2 * TRAIL_ANSWER as u32 - 1),
-            written.buffer as *const _,
-        )
-    };
+    let got = unsafe { read_user_raw(trail.answer.as_mut_ptr().cast(), length, written.buffer as *const _) };
     trail.answer_kept = if got == 0 { length } else { 0 };
     0
 }

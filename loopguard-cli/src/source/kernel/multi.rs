@@ -74,7 +74,7 @@ impl Programs {
     /// Loads one of them.
     ///
     /// # Errors
-    /// The kernel does not know such links, or its verifier refuses the program.
+    /// What the kernel says; old ones take the program, but have no such links.
     pub fn load(&self, name: &str) -> io::Result<Program> {
         let missing = || io::Error::new(io::ErrorKind::NotFound, format!("no program {name}"));
         let Self(object) = self;
@@ -125,12 +125,17 @@ impl Program {
         bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attributes)
     }
 
-    /// Whether a link can be bound to a process. Kernels before 6.10 take its first thread for all of it; those also
-    /// look at the process after the file, so that what they say of a folder and an impossible process differs.
+    /// Whether the kernel has such links, and binds them to whole processes: the first kernels that have them take a
+    /// process's first thread for all of it. Told, as libbpf does, by what they say of a folder: it is no file to probe,
+    /// but where an impossible process is noticed first, that was mended. (Loading says nothing: kernels without such
+    /// links load a program for them as well.)
     pub fn attaches_to_whole_processes(&self) -> bool {
-        let place = Place { offset: 1, cookie: 0 };
-        let refused = self.attach(u32::MAX, Path::new("/"), &[place]).err().and_then(|error| error.raw_os_error());
-        refused == Some(libc::EINVAL)
+        const NO_PROCESS: u32 = u32::MAX;
+        let refused = |pid| {
+            let place = Place { offset: 1, cookie: 0 };
+            self.attach(pid, Path::new("/"), &[place]).err().and_then(|error| error.raw_os_error())
+        };
+        refused(0) == Some(libc::EBADF) && refused(NO_PROCESS) == Some(libc::EINVAL)
     }
 
     /// CPU time of the program while the kernel's statistics were on, and what its verifier had to look at.
