@@ -2,7 +2,8 @@
 
 Environment: BENCH_TRUTH is the file of ground truth (unset: a plain app, for measuring overhead); BENCH_SLOW_PORT the
 port of `slow_server.py`; BENCH_FOLDER where files are written and synced; BENCH_IN_PROCESS=1 adds fastapi-loopguard's
-middleware, with BENCH_REPORTS as the file of what it reports (see `in_process.py`).
+middleware, with BENCH_REPORTS as the file of what it reports (see `in_process.py`); BENCH_MIDDLEWARE=1 adds that of
+`loopguard-emit`.
 """
 
 import asyncio
@@ -253,5 +254,10 @@ if os.environ.get("BENCH_IN_PROCESS") == "1":
     import in_process
 
     in_process.install(api, os.environ.get("BENCH_REPORTS"))
+
+if os.environ.get("BENCH_MIDDLEWARE") == "1":
+    from loopguard_emit import LoopguardMiddleware
+
+    api.add_middleware(LoopguardMiddleware)
 
 app: Application | FastAPI = Recording(api, TRUTH) if TRUTH else api

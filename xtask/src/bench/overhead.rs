@@ -133,27 +133,25 @@ fn requests(rig: &Rig, pairs: u32) -> Result<Value> {
     let bare = rig.serve(&rig.python(), "uvloop", &[])?;
     let mut results = Map::new();
     say(&format!("hello world under wrk, bare and attached, {pairs} pairs of {ROUND_SECONDS} s"));
-    let mut own_cpu = Vec::new();
-    let attached = in_pairs(
-        pairs,
-        || round(&bare, None),
-        || {
-            let watching = rig.attach(bare.process.pid(), &[])?;
-            let (used, since) = (cpu_time(watching.process.pid())?, Instant::now());
-            let measured = round(&bare, Some(watching.process.pid()))?;
-            own_cpu.push((cpu_time(watching.process.pid())? - used).as_secs_f64() / since.elapsed().as_secs_f64());
-            watching.stop()?;
-            Ok(measured)
-        },
-    )?;
-    results.insert("attached".to_owned(), attached);
-    results["attached"]["loopguard_cpu_percent"] = json!(rounded(median(&own_cpu) * 100.0, 2));
+    results.insert("attached".to_owned(), attached_in_pairs(rig, pairs, &bare, &bare)?);
+    say("the same with the middleware of loopguard-emit, not attached and attached");
+    rig.install_package()?;
+    let telling = rig.serve(&rig.python(), "uvloop", &[("BENCH_MIDDLEWARE", Path::new("1"))])?;
+    let alone = in_pairs(pairs, || round(&bare, None), || round(&telling, None))?;
+    results.insert("middleware".to_owned(), alone);
+    results.insert("middleware, attached".to_owned(), attached_in_pairs(rig, pairs, &bare, &telling)?);
+    drop(telling);
     if let Some(venv) = &rig.in_process {
         say("the same with fastapi-loopguard");
         let other = rig.serve(&venv.python(), "uvloop", &[("BENCH_IN_PROCESS", Path::new("1"))])?;
         let other = in_pairs(pairs, || round(&bare, None), || round(&other, None))?;
         results.insert("fastapi-loopguard".to_owned(), other);
     }
+    drop(bare);
+    say("axum without and with the layer of loopguard-emit");
+    let (axum, telling) = (rig.serve_axum(&[])?, rig.serve_axum(&["--probes"])?);
+    let layered = in_pairs(pairs, || round(&axum, None), || round(&telling, None))?;
+    results.insert("axum, with the layer".to_owned(), layered);
     let fields = ["throughput_ratio", "throughput_ratio_spread", "added_cpu_us", "added_cpu_us_spread", "valid_pairs"];
     let rows: Vec<Vec<String>> = results
         .iter()
@@ -165,6 +163,25 @@ fn requests(rig: &Rig, pairs: u32) -> Result<Value> {
     let head = ["against bare", "throughput", "quartiles", "CPU us/request added", "quartiles", "valid pairs"];
     table(&head, &rows);
     Ok(Value::Object(results))
+}
+
+/// Against `bare`: `server` with loopguard attached to it. The same server may be both.
+fn attached_in_pairs(rig: &Rig, pairs: u32, bare: &Server, server: &Server) -> Result<Value> {
+    let mut own_cpu = Vec::new();
+    let mut measured = in_pairs(
+        pairs,
+        || round(bare, None),
+        || {
+            let watching = rig.attach(server.process.pid(), &[])?;
+            let (used, since) = (cpu_time(watching.process.pid())?, Instant::now());
+            let measured = round(server, Some(watching.process.pid()))?;
+            own_cpu.push((cpu_time(watching.process.pid())? - used).as_secs_f64() / since.elapsed().as_secs_f64());
+            watching.stop()?;
+            Ok(measured)
+        },
+    )?;
+    measured["loopguard_cpu_percent"] = json!(rounded(median(&own_cpu) * 100.0, 2));
+    Ok(measured)
 }
 
 /// Pairs of rounds, each first in turn; a pair counts if nothing disturbed either.

@@ -13,9 +13,10 @@ use xtask::workspace::Workspace;
 
 use crate::companion::Companion;
 use crate::demo::build_loopguard;
-use crate::pythons::{self, Venv};
+use crate::pythons::{self, Python, Venv};
 use crate::setup;
 use crate::step::{self, say};
+use crate::wheel::Wheel;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(20);
@@ -25,6 +26,8 @@ pub struct Rig {
     pub scripts: PathBuf,
     /// For logs and what the server writes.
     pub folder: PathBuf,
+    workspace: Workspace,
+    interpreter: Python,
     venv: Venv,
     /// With fastapi-loopguard; none where it does not install.
     pub in_process: Option<Venv>,
@@ -50,7 +53,8 @@ impl Rig {
             if let Err(error) = &in_process {
                 say(&format!("going on without fastapi-loopguard: {error:#}"));
             }
-            return Ok(Self { loopguard, scripts, folder, venv, in_process: in_process.ok() });
+            let interpreter = python.clone();
+            return Ok(Self { loopguard, scripts, folder, workspace, interpreter, venv, in_process: in_process.ok() });
         }
         bail!("no Python here can run the benchmark's server: the lines above say why")
     }
@@ -63,6 +67,11 @@ impl Rig {
         let mut command = Command::new(self.python());
         command.arg(self.scripts.join(name)).env("PYTHONDONTWRITEBYTECODE", "1").stdin(Stdio::null());
         command
+    }
+
+    /// Puts the Python package into the venv of the server.
+    pub fn install_package(&self) -> Result<()> {
+        Wheel::build(&self.workspace, &self.interpreter)?.install(&self.venv)
     }
 
     /// The app under uvicorn, once it answers.
@@ -83,17 +92,27 @@ impl Rig {
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output);
-        let mut server = Server { process: Companion::start(&mut uvicorn)?, _slow: slow, port };
-        let started = Instant::now();
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-            if server.process.ended().is_some() || started.elapsed() > PATIENCE {
-                bail!("the server did not start:\n{}", step::tail(&log));
-            }
-            thread::sleep(POLL);
-        }
+        let server = Server::start(&mut uvicorn, Some(slow), port, &log)?;
         let warmed = self.script("load.py").arg(format!("--port={port}")).arg("--warm-up").status()?;
         ensure!(warmed.success(), "the server does not answer");
         Ok(server)
+    }
+
+    /// An axum server with one worker, once it answers.
+    pub fn serve_axum(&self, options: &[&str]) -> Result<Server> {
+        let log = self.folder.join("build-axum-blocking.log");
+        let mut build = Command::new("cargo");
+        build.args(["build", "--package", "axum-blocking", "--release"]).current_dir(&self.workspace.root);
+        step::run("building axum-blocking", &mut build, &log)?;
+        let (port, log) = (free_port()?, self.folder.join("server-axum.log"));
+        let output = File::create(&log)?;
+        let mut axum = on_cpu(0, &self.workspace.target.join("release/axum-blocking"));
+        axum.args([&format!("--port={port}"), "--runtime=current-thread"])
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output);
+        Server::start(&mut axum, None, port, &log)
     }
 
     /// loopguard, once it says that it watches a loop.
@@ -120,8 +139,22 @@ impl Rig {
 
 pub struct Server {
     pub process: Companion,
-    _slow: Companion,
+    _slow: Option<Companion>,
     pub port: u16,
+}
+
+impl Server {
+    fn start(command: &mut Command, slow: Option<Companion>, port: u16, log: &Path) -> Result<Self> {
+        let mut server = Self { process: Companion::start(command)?, _slow: slow, port };
+        let started = Instant::now();
+        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
+            if server.process.ended().is_some() || started.elapsed() > PATIENCE {
+                bail!("the server did not start:\n{}", step::tail(log));
+            }
+            thread::sleep(POLL);
+        }
+        Ok(server)
+    }
 }
 
 pub struct Watching {
