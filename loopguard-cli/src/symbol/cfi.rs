@@ -260,19 +260,39 @@ where
 /// Rows looked up before, by file and address.
 #[derive(Debug, Default)]
 pub struct Rows {
-    known: HashMap<(u32, u64), Result<Arc<Row>, NoRow>>,
+    known: Known,
+    by_code: Known,
 }
+
+type Known = HashMap<(u32, u64), Result<Arc<Row>, NoRow>>;
 
 impl Rows {
     pub fn get(&mut self, key: (u32, u64), look_up: impl FnOnce() -> Result<Row, NoRow>) -> Result<Arc<Row>, NoRow> {
-        if let Some(known) = self.known.get(&key) {
+        Self::get_in(&mut self.known, key, look_up)
+    }
+
+    /// The same for rules that come from code.
+    pub fn get_by_code(
+        &mut self,
+        key: (u32, u64),
+        look_up: impl FnOnce() -> Result<Row, NoRow>,
+    ) -> Result<Arc<Row>, NoRow> {
+        Self::get_in(&mut self.by_code, key, look_up)
+    }
+
+    fn get_in(
+        known: &mut Known,
+        key: (u32, u64),
+        look_up: impl FnOnce() -> Result<Row, NoRow>,
+    ) -> Result<Arc<Row>, NoRow> {
+        if let Some(known) = known.get(&key) {
             return known.clone();
         }
-        if self.known.len() >= MAX_ROWS {
-            self.known.clear();
+        if known.len() >= MAX_ROWS {
+            known.clear();
         }
         let row = look_up().map(Arc::new);
-        self.known.insert(key, row.clone());
+        known.insert(key, row.clone());
         row
     }
 }

@@ -1,12 +1,14 @@
 //! Turns what the kernel copied of a thread's stack into named frames, Python's among them.
 //!
-//! [`space`] says which file an address is in ([`maps`], [`object`]), [`unwind`] follows the calls by what [`cfi`] reads,
+//! [`space`] says which file an address is in ([`maps`], [`object`]), [`unwind`] follows the calls by what [`cfi`] reads (or [`leaf`]),
 //! [`names`] names them and [`origin`] says whose they are, [`join`] puts the Python frames in their place. All of it runs
 //! on a thread of its own, behind [`naming`]; [`footprint`] keeps it small.
 
 mod cfi;
 mod footprint;
 pub mod join;
+#[cfg(target_arch = "x86_64")]
+mod leaf;
 mod maps;
 mod names;
 pub mod naming;
@@ -139,5 +141,11 @@ impl FindRow for Places<'_> {
             }
             Err(NoPlace::Unmapped | NoPlace::NoFile) => Err(Missing::Module),
         }
+    }
+
+    fn row_by_code(&mut self) -> Result<Arc<Row>, Missing> {
+        let Some(Some(place)) = self.found.last() else { return Err(Missing::Module) };
+        let key = (place.object.id, place.address);
+        self.rows.get_by_code(key, || place.object.row_by_code(place.address)).map_err(Missing::Row)
     }
 }

@@ -13,6 +13,8 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+#[cfg(target_arch = "x86_64")]
+use super::leaf;
 use super::{
     cfi::{Index, NoRow, Row, Section, Tables},
     maps::{Backing, CodeMapping, FileKey},
@@ -73,13 +75,30 @@ impl Object {
         tables.row(index, address)
     }
 
+    /// The rules at `address` by the code there, for a function that calls nobody and that no table covers.
+    #[cfg(target_arch = "x86_64")]
+    pub fn row_by_code(&self, address: u64) -> Result<Row, NoRow> {
+        let start = address.saturating_sub(leaf::WINDOW);
+        let around = |start: u64| {
+            let length = address - start + leaf::WINDOW;
+            Some((start, self.image.bytes_at(start, length as usize)?))
+        };
+        let (start, code) = around(start).or_else(|| around(address)).ok_or(NoRow::Uncovered)?;
+        leaf::row(&code, start, address).ok_or(NoRow::Uncovered)
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn row_by_code(&self, _address: u64) -> Result<Row, NoRow> {
+        Err(NoRow::Uncovered)
+    }
+
     /// The address in the file's own terms that is mapped from `offset` of the file.
     pub fn address_of(&self, offset: u64) -> Option<u64> {
         self.image.address_of(offset)
     }
 }
 
-fn tables(image: &Image) -> Tables {
+pub(super) fn tables(image: &Image) -> Tables {
     let section = |name: &str| {
         let (address, bytes) = image.section_bytes(name)?;
         Some(Section { address, bytes: bytes.into() })

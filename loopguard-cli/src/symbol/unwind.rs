@@ -1,4 +1,5 @@
-//! Turns registers and a copy of a stack into the chain of calls that led there, by call frame information alone.
+//! Turns registers and a copy of a stack into the chain of calls that led there, by call frame information, and where a
+//! file has none for its innermost function by that function's code.
 //!
 //! Frame pointers are never guessed at: where nothing says how to go on, the stack ends and says why.
 
@@ -79,6 +80,12 @@ impl End {
 /// Finds the rules at an address.
 pub trait FindRow {
     fn row(&mut self, address: u64) -> Result<Arc<Row>, Missing>;
+
+    /// The rules at the instruction of the last call of [`row`](Self::row), by its code: no table covers it. Only asked
+    /// for the innermost function.
+    fn row_by_code(&mut self) -> Result<Arc<Row>, Missing> {
+        Err(Missing::Row(NoRow::Uncovered))
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +109,11 @@ pub fn unwind(stack: &StackCopy, find: &mut impl FindRow) -> (Vec<Call>, End) {
         }
         let address = ip.wrapping_sub(u64::from(is_return));
         let mut call = Call { address, sp, cfa: sp };
-        let row = match find.row(address) {
+        let found = match find.row(address) {
+            Err(Missing::Row(NoRow::Uncovered)) if calls.is_empty() => find.row_by_code(),
+            found => found,
+        };
+        let row = match found {
             Ok(row) => row,
             Err(missing) => {
                 // What leads to no code at all was no return address.
