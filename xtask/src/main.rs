@@ -1,9 +1,10 @@
-//! The project's chores: `cargo xtask setup | build-ebpf | demo | picture | test | bench | soak | lint-python`.
+//! The project's chores: `cargo xtask setup | build-ebpf | demo | picture | test | bench | fuzz | soak | lint-python`.
 
 mod bench;
 mod companion;
 mod conformance;
 mod demo;
+mod fuzz;
 mod kernels;
 mod picture;
 mod prometheus;
@@ -39,6 +40,8 @@ usage: cargo xtask COMMAND
   test --kernels [NAME...]     have loopguard watch a server on other kernels, from 5.10 to the newest, under QEMU
   bench accuracy|overhead|kernel|stacks|stacks-gdb|stacks-rate [--json FILE], bench --compare OLD.json NEW.json
                                measure, as root, and compare with what was measured before
+  fuzz [--seconds N | --runs N] [TARGET...]
+                               give loopguard bytes that a hostile target could give it
   soak --hours N [--json FILE] [--markdown FILE]
                                watch one server for hours, as root, and report memory and losses
   lint-python                  ruff over the Python files";
@@ -77,6 +80,7 @@ fn run() -> Result<()> {
         ["test", "--all-pythons", "--", rest @ ..] => suite::run(Pythons::HostAndSid, rest),
         ["test", "--kernels", rest @ ..] => kernels::run(rest),
         ["bench", rest @ ..] => bench::run(rest),
+        ["fuzz", rest @ ..] => fuzz::run(rest),
         ["soak", rest @ ..] => soak::run(rest),
         ["lint-python"] => suite::lint_python(),
         [] | ["help" | "--help" | "-h"] => {

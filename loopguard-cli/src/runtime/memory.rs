@@ -332,6 +332,11 @@ impl RecordedMemory {
         Self { pieces: joined }
     }
 
+    /// In the order of their addresses.
+    pub fn pieces(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        self.pieces.iter().map(|(address, bytes)| (*address, bytes.as_slice()))
+    }
+
     /// Bytes it holds.
     pub fn size(&self) -> usize {
         self.pieces.values().map(Vec::len).sum()

@@ -188,7 +188,7 @@ pub fn ending(code: &[u8], entry: u64) -> Ending {
     let mut jumps = None;
     let mut calls = false;
     for instruction in Decoder::with_ip(64, code, entry, DecoderOptions::NONE).iter() {
-        let inside = |target: u64| (entry..entry + code.len() as u64).contains(&target);
+        let inside = |target: u64| target.wrapping_sub(entry) < code.len() as u64;
         let to = match instruction.flow_control() {
             FlowControl::Return => return Ending::Returns,
             FlowControl::Call | FlowControl::IndirectCall | FlowControl::Exception if !instruction.is_invalid() => {

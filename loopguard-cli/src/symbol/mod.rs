@@ -4,7 +4,7 @@
 //! [`names`] names them and [`origin`] says whose they are, [`join`] puts the Python frames in their place. All of it runs
 //! on a thread of its own, behind [`naming`]; [`footprint`] keeps it small.
 
-mod cfi;
+pub mod cfi;
 mod footprint;
 pub mod join;
 #[cfg(target_arch = "x86_64")]

@@ -200,7 +200,7 @@ fn answer_is_complete(answer: &[u8], written: u64) -> bool {
     let status = answer.get(9..12).unwrap_or_default();
     match length {
         _ if matches!(status, b"204" | b"304") => true,
-        Some(length) => written >= head_end as u64 + length,
+        Some(length) => written.checked_sub(head_end as u64).is_some_and(|body| body >= length),
         None => false,
     }
 }
