@@ -9,12 +9,10 @@ use std::{
     net::TcpStream,
     path::Path,
     process::{Child, Command, Stdio},
-    thread,
-    time::{Duration, Instant},
 };
 
 use serde_json::Value;
-use support::{Events, PATIENCE, Watching, alone, can_trace, free_port, line_of, pythons, request};
+use support::{Events, PATIENCE, Watching, alone, can_trace, free_port, line_of, pythons, request, wait_until_up};
 
 /// Long enough that nothing a healthy server does comes near it, on any machine.
 const BLOCK_MS: u32 = 300;
@@ -41,12 +39,7 @@ impl Server {
             .spawn()
             .unwrap();
         let mut server = Self { child, port };
-        let started = Instant::now();
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(server.child.try_wait().unwrap().is_none(), "the server ended");
-            assert!(started.elapsed() < PATIENCE, "the server does not come up");
-            thread::sleep(Duration::from_millis(20));
-        }
+        wait_until_up(&mut server.child, port);
         // Imports that the first requests bring are no blocks of theirs.
         for path in ["/items/1", "/reports/1?ms=0", "/totals/1?ms=0", "/events", "/broken", "/health"] {
             server.get(path, "warm-up");

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::{Events, PATIENCE, Watching, alone, can_trace, free_port};
+use support::{Events, PATIENCE, Watching, alone, can_trace, free_port, wait_until_up};
 
 /// Long enough that nothing a healthy server does comes near it, on any machine.
 const BLOCK_MS: u32 = 300;
@@ -52,12 +52,8 @@ struct Server {
 impl Server {
     fn start(binary: &Path, runtime: &str) -> Self {
         let port = free_port();
-        let child = Command::new(binary).args([runtime, &port.to_string()]).stdin(Stdio::null()).spawn().unwrap();
-        let started = Instant::now();
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(started.elapsed() < PATIENCE, "the server does not come up");
-            thread::sleep(Duration::from_millis(10));
-        }
+        let mut child = Command::new(binary).args([runtime, &port.to_string()]).stdin(Stdio::null()).spawn().unwrap();
+        wait_until_up(&mut child, port);
         Self { child, port }
     }
 

@@ -62,6 +62,16 @@ pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
+/// Waits until something listens on a port, as long as the process lives that is to do so.
+pub fn wait_until_up(child: &mut Child, port: u16) {
+    let started = Instant::now();
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(child.try_wait().unwrap().is_none(), "the server ended");
+        assert!(started.elapsed() < PATIENCE, "the server does not come up");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 pub struct Server {
     pub child: Child,
     pub port: u16,
@@ -88,12 +98,7 @@ impl Server {
             .spawn()
             .unwrap();
         let mut server = Self { child, port };
-        let started = Instant::now();
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(server.child.try_wait().unwrap().is_none(), "the server ended");
-            assert!(started.elapsed() < PATIENCE, "the server does not come up");
-            thread::sleep(Duration::from_millis(20));
-        }
+        wait_until_up(&mut server.child, port);
         // Imports that the first requests bring are no blocks of theirs.
         for path in ["/fine/warm", "/block/stream/0", "/block/gather/0", "/block/dependency/0?ms=0", "/block/sleep/0"] {
             server.get(path, "warm-up");
