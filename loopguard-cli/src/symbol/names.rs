@@ -1,6 +1,10 @@
 //! Turns places in files into functions, files and lines: those that were inlined there too.
 
-use std::{collections::HashMap, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use blazesym::symbolize::{
     CodeInfo, Input, Symbolized, Symbolizer,
@@ -35,7 +39,7 @@ pub struct Named {
 pub struct Names {
     symbolizer: Symbolizer,
     known: HashMap<(u32, u64), Named>,
-    sources: HashMap<u32, Source<'static>>,
+    sources: HashMap<u32, Sources>,
     /// Files in which a name was not found, once each.
     nameless: HashMap<u32, Arc<Object>>,
     new_nameless: Vec<Arc<Object>>,
@@ -78,17 +82,26 @@ impl Names {
 
     fn look_up(&mut self, pid: u32, executable: &str, place: &Place) -> Named {
         let object = &place.object;
-        let source = self.sources.entry(object.id).or_insert_with(|| source(pid, object));
+        let sources = self.sources.entry(object.id).or_insert_with(|| Sources::of(pid, object));
         let module = Module { path: &object.path, is_executable: object.path == executable };
-        let found = self.symbolizer.symbolize_single(source, Input::VirtOffset(place.address));
+        let found = self.symbolizer.symbolize_single(&sources.debug_information, Input::VirtOffset(place.address));
         let Ok(Symbolized::Sym(symbol)) = found else {
             let function = format!("{}+{:#x}", object.name(), place.address);
             let frame = frame(&module, Name::Offset(function), None);
             return Named { frames: [frame].into(), is_unnamed: true, is_eval: false };
         };
         let is_eval = symbol.name == EVAL || symbol.name.strip_prefix(EVAL).is_some_and(|rest| rest.starts_with('.'));
+        let mut name = symbol.name.into_owned();
+        if symbol.code_info.as_deref().is_some_and(is_rust)
+            && lacks_path(&name)
+            && let Ok(Symbolized::Sym(same)) =
+                self.symbolizer.symbolize_single(&sources.symbol_table, Input::VirtOffset(place.address))
+            && is_path_of(&same.name, &name)
+        {
+            name = same.name.into_owned();
+        }
         // Outermost first: the location of each is where it stands in that function.
-        let outer = frame(&module, Name::Function(symbol.name.into_owned()), symbol.code_info.as_deref());
+        let outer = frame(&module, Name::Function(name), symbol.code_info.as_deref());
         let inlined = symbol.inlined.iter().take(MAX_INLINED);
         let inlined =
             inlined.map(|inner| frame(&module, Name::Function(inner.name.to_string()), inner.code_info.as_ref()));
@@ -101,13 +114,59 @@ impl Names {
 /// The function in which CPython runs frames (`Python/ceval.c`); compilers move its rare parts to `.cold`.
 const EVAL: &str = "_PyEval_EvalFrameDefault";
 
-fn source(pid: u32, object: &Object) -> Source<'static> {
-    // Split debug information lies beside the file, so it has to be opened by its own name.
-    let by_name = format!("/proc/{pid}/root{}", object.path);
-    if Path::new(&format!("{by_name}.dwp")).exists() {
-        return Source::Elf(Elf::new(by_name));
+/// Where a file's names are.
+struct Sources {
+    debug_information: Source<'static>,
+    symbol_table: Source<'static>,
+}
+
+impl Sources {
+    fn of(pid: u32, object: &Object) -> Self {
+        // Split debug information lies beside the file, so it has to be opened by its own name.
+        let mut path = PathBuf::from(format!("/proc/{pid}/root{}", object.path));
+        if !Path::new(&format!("{}.dwp", path.display())).exists() {
+            path = debug_file(pid, object).unwrap_or_else(|| object.own_path());
+        }
+        let mut symbol_table = Elf::new(&path);
+        symbol_table.debug_syms = false;
+        Self { debug_information: Source::Elf(Elf::new(path)), symbol_table: Source::Elf(symbol_table) }
     }
-    Source::Elf(Elf::new(debug_file(pid, object).unwrap_or_else(|| object.own_path())))
+}
+
+fn is_rust(at: &CodeInfo) -> bool {
+    at.file.as_encoded_bytes().ends_with(b".rs")
+}
+
+/// Line tables alone (Cargo's `line-tables-only`) say `poll<app::Handler>` and `{closure#0}`, not in which module that is.
+fn lacks_path(name: &str) -> bool {
+    !name.starts_with('<') && !name.split('<').next().unwrap_or(name).contains("::")
+}
+
+/// Whether `path`, a name in full, ends in `name`. Functions of the same code may share a place under one of their names.
+fn is_path_of(path: &str, name: &str) -> bool {
+    let name = name.split('<').next().unwrap_or(name);
+    let last = last_part(path);
+    // What has no name of its own is called by its kind, not by everybody alike: `{closure#0}`, `{{closure}}`.
+    last.len() < path.len() && (last == name || last.starts_with('{') && name.starts_with('{'))
+}
+
+/// `f` of `<a::B as c::D>::f::<g::H>`.
+fn last_part(path: &str) -> &str {
+    let bytes = path.as_bytes();
+    let (mut depth, mut start, mut end) = (0, 0, path.len());
+    for (at, byte) in bytes.iter().enumerate() {
+        match byte {
+            b'<' => depth += 1,
+            // Not of `fn() -> T`.
+            b'>' if at == 0 || bytes[at - 1] != b'-' => depth -= 1,
+            b':' if depth == 0 && bytes[..at].ends_with(b":") => match bytes.get(at + 1) {
+                Some(b'<') => end = at - 1,
+                _ => (start, end) = (at + 1, path.len()),
+            },
+            _ => {}
+        }
+    }
+    path.get(start..end).unwrap_or(path)
 }
 
 enum Name {
@@ -159,4 +218,31 @@ pub fn unplaced(address: u64) -> Named {
         module: None,
     };
     Named { frames: [Arc::new(frame)].into(), is_unnamed: true, is_eval: false }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_in_full_is_taken_only_for_the_same_function() {
+        for (path, name, same) in [
+            ("shop::orders::total", "total", true),
+            ("shop::orders::total::<shop::Item>", "total<shop::Item>", true),
+            ("<shop::Cart as core::future::Future>::poll", "poll", true),
+            ("<fn() -> shop::Cart as core::ops::FnOnce<()>>::call_once", "call_once<fn() -> shop::Cart, ()>", true),
+            ("shop::main::{closure#0}", "{closure#0}", true),
+            ("shop::handler::{{closure}}", "{async_fn#0}", true),
+            ("shop::orders::sum", "total", false),
+            ("shop::orders::subtotal", "total", false),
+            ("total", "total", false),
+            ("shop::total::<shop", "total", true),
+            ("::", "", true),
+            ("", "", false),
+        ] {
+            assert_eq!(is_path_of(path, name), same, "{path} {name}");
+        }
+        assert!(lacks_path("{closure#0}") && lacks_path("call_once<shop::Cart, ()>"));
+        assert!(!lacks_path("shop::total") && !lacks_path("<shop::Cart>::total"));
+    }
 }
