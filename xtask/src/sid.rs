@@ -22,10 +22,7 @@ pub struct Sid {
 impl Sid {
     /// Takes about two minutes the first time.
     pub fn prepare(workspace: &Workspace) -> Result<Self> {
-        ensure!(setup::is_root(), "--all-pythons makes a chroot, which needs root");
-        let sid = Self { root: workspace.target.join("test/sid") };
-        sid.bootstrap()?;
-        sid.mount_proc()?;
+        let sid = Self::interpreters(workspace)?;
         let mut usable = 0;
         for version in VERSIONS {
             match sid.venv(workspace, version) {
@@ -34,6 +31,15 @@ impl Sid {
             }
         }
         ensure!(usable > 0, "no Python of the chroot can run the test servers: the lines above say why");
+        Ok(sid)
+    }
+
+    /// Only the interpreters, without what the test servers need.
+    pub fn interpreters(workspace: &Workspace) -> Result<Self> {
+        ensure!(setup::is_root(), "a chroot with all interpreters needs root");
+        let sid = Self { root: workspace.target.join("test/sid") };
+        sid.bootstrap()?;
+        sid.mount_proc()?;
         Ok(sid)
     }
 
