@@ -71,9 +71,9 @@ pub struct Attach {
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
 
-    /// How much of the native stack is copied for each look into a block, 4KiB to 64KiB
-    #[arg(long, value_name = "SIZE", default_value = "32KiB", value_parser = stack_size)]
-    pub stack_size: usize,
+    /// How much of the native stack is copied for each look into a block, 4KiB to 64KiB [default: as needed]
+    #[arg(long, value_name = "SIZE", value_parser = stack_size)]
+    pub stack_size: Option<usize>,
 
     /// Draw the live view with ASCII characters only [default: if the locale is not UTF-8]
     #[arg(long)]
@@ -259,7 +259,7 @@ mod tests {
             steps: Steps::Auto,
             format: None,
             output: None,
-            stack_size: 32 << 10,
+            stack_size: None,
             ascii: false,
             debug_bpf: false,
             config: None,
@@ -285,7 +285,7 @@ mod tests {
             steps: Steps::Off,
             format: Some(Format::Jsonl),
             output: Some(PathBuf::from("out.jsonl")),
-            stack_size: 32 << 10,
+            stack_size: None,
             ascii: true,
             debug_bpf: true,
             config: None,
@@ -422,9 +422,7 @@ mod tests {
                   Write to this file instead of standard output
 
               --stack-size <SIZE>
-                  How much of the native stack is copied for each look into a block, 4KiB to 64KiB
-
-                  [default: 32KiB]
+                  How much of the native stack is copied for each look into a block, 4KiB to 64KiB [default: as needed]
 
               --ascii
                   Draw the live view with ASCII characters only [default: if the locale is not UTF-8]

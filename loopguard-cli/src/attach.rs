@@ -28,7 +28,7 @@ use crate::{
     },
     source::{
         kernel::Talk,
-        live::{Live, Options, Steps},
+        live::{Live, Options, StackSize, Steps},
         select::{Newcomers, Selection},
         target,
     },
@@ -284,7 +284,7 @@ fn options_of(arguments: &args::Attach, settings: &Settings) -> Options {
             args::Steps::Auto => Steps::Auto,
             args::Steps::Off => Steps::Off,
         },
-        stack_size: arguments.stack_size,
+        stack_size: arguments.stack_size.map_or(StackSize::AsNeeded, StackSize::Bytes),
         talk: if arguments.debug_bpf { Talk::Debug } else { Talk::Silent },
     }
 }

@@ -71,6 +71,15 @@ mod target {
         std::hint::black_box(());
     }
 
+    /// Below more of the stack than is copied of a thread for which that is always enough.
+    #[inline(never)]
+    fn spins_deeply() {
+        let mut buffer = [1u8; 40 << 10];
+        std::hint::black_box(&mut buffer);
+        inlined_spin(Instant::now() + BLOCK); // line: spins_deeply
+        std::hint::black_box(&mut buffer);
+    }
+
     #[inline(never)]
     fn reads(address: std::net::SocketAddr) {
         let mut peer = TcpStream::connect(address).unwrap();
@@ -113,7 +122,7 @@ mod target {
         let epoll = unsafe { libc::epoll_create1(0) };
         println!("{}", address.port());
         loop {
-            for work in [&sleeps as &dyn Fn(), &spins, &|| reads(address), &|| locks(mutex)] {
+            for work in [&sleeps as &dyn Fn(), &spins, &spins_deeply, &|| reads(address), &|| locks(mutex)] {
                 let mut event = libc::epoll_event { events: 0, u64: 0 };
                 // SAFETY: one valid entry.
                 unsafe { libc::epoll_wait(epoll, &mut event, 1, 5) };
@@ -157,6 +166,7 @@ fn lines_of_rust_are_right_and_inlined_functions_are_shown() {
     for (expected, waits_on) in [
         (&[(inlined, line("inlined_sleep")), ("target::sleeps", line("sleeps"))][..], None),
         (&[("target::spins", line("spins"))], None),
+        (&[("target::spins_deeply", line("spins_deeply"))], None),
         (&[("target::reads", line("reads"))], Some(format!("127.0.0.1:{port}"))),
         (&[("target::locks", line("locks"))], Some("mutex held by thread owner (tid ".to_owned())),
     ] {

@@ -211,7 +211,8 @@ pub struct CaptureRecord {
     pub frame_count: u32,
     /// [`StackPage`]s that were sent before this record.
     pub stack_pages: u32,
-    pub _pad: u32,
+    /// Where the kernel programs kept the first of them meanwhile.
+    pub stack_first: u32,
     pub request: RequestSnapshot,
     pub frames: [RawFrame; MAX_FRAMES],
 }
@@ -354,6 +355,9 @@ pub struct LoopThread {
     pub short: ShortPace,
     /// Address of the counter that gives tokio's tasks their ids; 0: not known.
     pub task_ids: u64,
+    /// Where there is room for [`MAX_STACK_PAGES`] of this thread's stack; 0: it has the room of its slot.
+    pub deep_stack: u32,
+    pub _pad: u32,
 }
 
 #[repr(C)]
@@ -398,7 +402,7 @@ const _: () = assert!(
 const _: () = assert!(size_of::<GilHolder>() == 16 + 24 * HOLDER_FRAMES);
 const _: () = assert!(size_of::<StackPage>() == 32 + STACK_PAGE);
 const _: () = assert!(size_of::<PollRecord>() == 40);
-const _: () = assert!(size_of::<LoopThread>() == 88 + 24 + 8);
+const _: () = assert!(size_of::<LoopThread>() == 88 + 24 + 8 + 8);
 const _: () = assert!(size_of::<TaskRecord>() == 16 + 24 + size_of::<Trail>());
 const _: () = assert!(size_of::<ProcessRecord>() == 40);
 

@@ -182,9 +182,8 @@ pub fn on_sample(_ctx: PerfEventContext) -> u32 {
                 capture_take(target.slot, now);
                 buffer.record.off_cpu = target.clock.off_cpu();
                 target.clock.last_capture_ns = now;
-                buffer.record.stack_pages =
-                    stack::stack_copy(target.slot, tid, now, buffer.record.registers[REGISTER_SP]);
-                stack::stack_send(target.slot, buffer.record.stack_pages);
+                stack::stack_copy(target.slot, tid, now, buffer.record.registers[REGISTER_SP]);
+                stack::stack_send(target.slot);
                 send::capture(&buffer.record);
             }
         }

@@ -23,7 +23,8 @@ pub static RECORDS: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
 #[map]
 pub static STACKS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 
-/// The last stack copied on each thread, one entry a page; user space sizes it at load.
+/// The last stack copied on each thread, one entry a page: first the slots' own, then the larger rooms that user space
+/// gives to threads with deep stacks. It sizes this at load.
 #[map]
 pub static STACK_PAGES: Array<StackPage> = Array::with_max_entries(64, 0);
 

@@ -127,8 +127,7 @@ fn switched_out(mut target: Watched, preempted: bool) {
     buffer.record.stack_pages = 0;
     // In an old step the wait need not be long to be worth a capture.
     if target.clock.stack_due(now) || target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
-        buffer.record.stack_pages =
-            stack::stack_copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
+        stack::stack_copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
     }
     target.clock.capture_pending = 1;
 }
@@ -184,7 +183,7 @@ fn switched_in(target: Watched) {
         buffer.record.until_ns = now;
         buffer.record.off_cpu = target.clock.off_cpu();
         target.clock.last_capture_ns = now;
-        stack::stack_send(target.slot, buffer.record.stack_pages);
+        stack::stack_send(target.slot);
         send::capture(&buffer.record);
     }
 }

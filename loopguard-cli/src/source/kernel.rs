@@ -24,7 +24,7 @@ use aya_log::EbpfLogger;
 use loopguard_common::{
     clock::{LoopClock, SwitchOut},
     layout::PyLayout,
-    records::{Counter, LoopThread, PROCESS_FOUND, REGISTERS, STEP_CUT_AT_ATTACH},
+    records::{Counter, LoopThread, MAX_STACK_PAGES, PROCESS_FOUND, REGISTERS, STEP_CUT_AT_ATTACH},
     short::ShortPace,
     walk::CaptureBuffer,
 };
@@ -48,6 +48,8 @@ const BPF_NOEXIST: u64 = 1;
 
 /// Loop threads that can be watched at once: each has a clock and a capture buffer of about 4 KiB.
 pub const MAX_THREADS: u32 = 512;
+/// Of these, threads of which more of the stack can be copied than of others, some 64 KiB of kernel memory each.
+const MAX_DEEP_STACKS: u32 = 32;
 /// Requests that can be open at once, where servers tell of them.
 pub const MAX_OPEN_REQUESTS: u32 = 16384;
 
@@ -147,6 +149,8 @@ pub struct Kernel {
     ids: StdHashMap<u32, u32>,
     /// Which thread has which slot, as far as it is known here.
     owners: Vec<Option<Tid>>,
+    /// Who has which of the rooms for deep stacks, by slot.
+    deep_stacks: [Option<u32>; MAX_DEEP_STACKS as usize],
     pace: Pace,
     log: Option<EbpfLogger<ToStandardError>>,
     requests: RequestMaps,
@@ -213,7 +217,7 @@ impl Kernel {
             .map_max_entries("WORKERS", MAX_THREADS)
             .map_max_entries("HELD", MAX_THREADS)
             .map_max_entries("FREE_SLOTS", MAX_THREADS)
-            .map_max_entries("STACK_PAGES", MAX_THREADS * pace.stack_pages.max(1))
+            .map_max_entries("STACK_PAGES", first_deep_stack(pace) + MAX_DEEP_STACKS * MAX_STACK_PAGES as u32)
             .map_max_entries("REQUESTS", MAX_OPEN_REQUESTS)
             .load(OBJECT)
             .context("load the kernel programs (root, or CAP_BPF and CAP_PERFMON, is needed)")?;
@@ -239,6 +243,7 @@ impl Kernel {
             counts: take_map(&mut bpf, "COUNTS")?.try_into()?,
             ids: StdHashMap::new(),
             owners: vec![None; MAX_THREADS as usize],
+            deep_stacks: [None; MAX_DEEP_STACKS as usize],
             pace,
             log,
             requests: RequestMaps::take(&mut bpf)?,
@@ -418,6 +423,9 @@ impl Kernel {
         self.threads.set(slot, LoopThread::default(), 0)?;
         self.clocks.set(slot, LoopClock::default(), 0)?;
         self.polls.forget_worker(slot)?;
+        for room in self.deep_stacks.iter_mut().filter(|room| **room == Some(slot)) {
+            *room = None;
+        }
         Ok(self.free_slots.push(slot, 0)?)
     }
 
@@ -461,6 +469,18 @@ impl Kernel {
         let mut thread = self.threads.get(&slot, 0)?;
         change(&mut thread);
         Ok(self.threads.set(slot, thread, 0)?)
+    }
+
+    /// From now on as much as can be is copied of a watched thread's stack, if there is room.
+    pub fn deepen_stack(&mut self, tid: Tid) -> Result<()> {
+        let slot = self.slots.get(&tid, 0)?;
+        if self.deep_stacks.contains(&Some(slot)) {
+            return Ok(());
+        }
+        let Some(room) = self.deep_stacks.iter().position(Option::is_none) else { return Ok(()) };
+        self.deep_stacks[room] = Some(slot);
+        let deep_stack = first_deep_stack(self.pace) + (room * MAX_STACK_PAGES) as u32;
+        self.update_thread(tid, |thread| thread.deep_stack = deep_stack)
     }
 
     /// Marks the steps of a process's loops; once per process and kind of loop. `slot` is that of the loop it is
@@ -535,6 +555,11 @@ impl Kernel {
         let is_watched = self.ids.keys().any(|other| other % self.watched.len() == entry);
         Ok(self.watched.set(entry, u32::from(is_watched), 0)?)
     }
+}
+
+/// Where the rooms for deep stacks begin: behind those of the slots.
+fn first_deep_stack(pace: Pace) -> u32 {
+    MAX_THREADS * pace.stack_pages.max(1)
 }
 
 /// The verifier's log is a transcript of many lines, of which the last but its statistics says what was wrong.

@@ -4,7 +4,7 @@
 //! waits, and not without end.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
@@ -19,12 +19,13 @@ use tokio::sync::Notify;
 
 use super::{NamedStack, RawStack, Stacks, footprint, object::Object, unwind::End};
 use crate::core::{
-    event::{Capture, Event, Stack},
+    event::{Capture, Event, Stack, Tid},
     status::StackCounts,
 };
 
-/// Stacks that may wait to be named: some 40 MB of copies.
+/// Stacks that may wait to be named, and how many bytes their copies may have.
 const MAX_QUEUED: usize = 1024;
+const MAX_QUEUED_BYTES: usize = 32 << 20;
 /// Events that may wait for the stack of an earlier one.
 const MAX_HELD: usize = 65_536;
 /// How long an event waits at most.
@@ -42,12 +43,16 @@ const FAILED: &str = "its functions could not be named";
 pub struct Naming {
     /// `None` once it is over.
     work: Option<SyncSender<Work>>,
+    /// Bytes of the copies that wait.
+    queued_bytes: usize,
     done: Receiver<Done>,
     ready: Arc<Notify>,
     held: VecDeque<Held>,
     next_ticket: u64,
     unnamed: u64,
     counts: StackCounts,
+    /// Threads whose stacks are larger than what was copied of them.
+    outgrown: BTreeSet<Tid>,
     notices: Vec<String>,
 }
 
@@ -66,7 +71,8 @@ enum Work {
 }
 
 enum Done {
-    Stack(u64, Box<NamedStack>),
+    /// With the bytes that its copy had.
+    Stack(u64, usize, Box<NamedStack>),
     Nameless(String),
 }
 
@@ -89,12 +95,14 @@ impl Naming {
             .context("start the thread that names stacks")?;
         Ok(Self {
             work: Some(work),
+            queued_bytes: 0,
             done,
             ready,
             held: VecDeque::new(),
             next_ticket: 0,
             unnamed: 0,
             counts: StackCounts::default(),
+            outgrown: BTreeSet::new(),
             notices: Vec::new(),
         })
     }
@@ -122,9 +130,15 @@ impl Naming {
             Seen::WithStack(capture, raw) => (capture, raw),
         };
         let ticket = self.next_ticket;
-        let sent = self.work.as_ref().map(|work| work.try_send(Work::Name(ticket, raw)));
+        let size = raw.copy.bytes.len();
+        let has_room = self.queued_bytes + size <= MAX_QUEUED_BYTES;
+        let sent = self.work.as_ref().map(|work| match Work::Name(ticket, raw) {
+            name if has_room => work.try_send(name),
+            name => Err(TrySendError::Full(name)),
+        });
         match sent {
             Some(Ok(())) => {
+                self.queued_bytes += size;
                 self.next_ticket += 1;
                 self.hold(Event::Capture(capture), Some(ticket));
             }
@@ -166,7 +180,8 @@ impl Naming {
     fn take(&mut self, done: Done) {
         match done {
             Done::Nameless(notice) => self.notices.push(notice),
-            Done::Stack(ticket, named) => {
+            Done::Stack(ticket, size, named) => {
+                self.queued_bytes -= size;
                 self.unnamed += named.unnamed;
                 self.count(named.end);
                 // Stacks come back in the order they went.
@@ -174,6 +189,9 @@ impl Naming {
                 if let Some(held) = waiting.filter(|held| held.ticket == Some(ticket)) {
                     held.ticket = None;
                     if let Event::Capture(capture) = &mut held.event {
+                        if named.end == Some(End::BeyondCopy) {
+                            self.outgrown.insert(capture.tid);
+                        }
                         capture.stack = Arc::new(named.stack);
                     }
                 }
@@ -223,6 +241,11 @@ impl Naming {
         self.unnamed
     }
 
+    /// The threads since the last call whose stacks were larger than what was copied of them.
+    pub fn take_outgrown(&mut self) -> BTreeSet<Tid> {
+        std::mem::take(&mut self.outgrown)
+    }
+
     pub fn take_notices(&mut self) -> Vec<String> {
         std::mem::take(&mut self.notices)
     }
@@ -256,11 +279,12 @@ fn run(to_do: &Receiver<Work>, report: &mpsc::Sender<Done>, ready: &Notify) {
             }
             Work::Forget(pid) => stacks.forget(pid),
             Work::Name(ticket, raw) => {
+                let size = raw.copy.bytes.len();
                 let named = guarded(&mut stacks, |stacks| stacks.name(&raw)).unwrap_or_else(|| {
                     let frames = raw.python.iter().flat_map(|run| run.frames.iter().cloned()).collect();
                     NamedStack { stack: Stack { frames, incomplete: Some(FAILED) }, ..NamedStack::default() }
                 });
-                if report.send(Done::Stack(ticket, Box::new(named))).is_err() {
+                if report.send(Done::Stack(ticket, size, Box::new(named))).is_err() {
                     return;
                 }
                 ready.notify_one();

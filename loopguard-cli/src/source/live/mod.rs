@@ -61,13 +61,38 @@ pub enum Steps {
     Off,
 }
 
+/// How much of a user stack is copied for a capture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StackSize {
+    /// As much as is enough for nearly all, and as much as can be of the threads for which it was not.
+    AsNeeded,
+    /// So many bytes.
+    Bytes(usize),
+}
+
+impl StackSize {
+    /// What a thread begins with, in bytes.
+    fn first(self) -> usize {
+        match self {
+            Self::AsNeeded => 32 << 10,
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+
+    fn most(self) -> usize {
+        match self {
+            Self::AsNeeded => MAX_STACK_PAGES * STACK_PAGE,
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// What a loop begins with.
     pub threshold_ns: u64,
     pub steps: Steps,
-    /// Bytes copied of the user stack for a capture.
-    pub stack_size: usize,
+    pub stack_size: StackSize,
     pub cumulative: CumulativeSettings,
     /// How old a step must be to be looked into, and how far apart captures are; `None`: by the threshold.
     pub capture_after_ns: Option<u64>,
@@ -157,7 +182,7 @@ impl Options {
             threshold_ns,
             capture_age_ns: self.capture_after_ns.map_or(by_threshold_ns, |after| after.min(threshold_ns)),
             sample_every_ns: self.sample_every_ns,
-            stack_pages: self.stack_size.div_ceil(STACK_PAGE).min(MAX_STACK_PAGES) as u32,
+            stack_pages: self.stack_size.first().div_ceil(STACK_PAGE).min(MAX_STACK_PAGES) as u32,
             short: ShortPace { floor_ns, window_ns, enough_ns: cumulative_ns / SHORT_SHARE },
         }
     }
@@ -222,6 +247,12 @@ impl Live {
     fn hand_on(&mut self, mut fresh: Vec<Event>, events: &mut Vec<Event>) {
         self.pass_events(&mut fresh);
         self.naming.release(events);
+        for tid in self.naming.take_outgrown() {
+            if self.options.stack_size == StackSize::AsNeeded {
+                // A thread that has ended by now needs nothing.
+                let _ = self.kernel.deepen_stack(tid);
+            }
+        }
     }
 
     fn take_records(&mut self, events: &mut Vec<Event>) -> Result<()> {

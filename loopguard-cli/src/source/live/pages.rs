@@ -104,7 +104,7 @@ impl Live {
         let start = at.sp & !(STACK_PAGE as u64 - 1);
         let mut bytes = Vec::new();
         let memory = ProcessMemory { pid };
-        while bytes.len() < self.options.stack_size {
+        while bytes.len() < self.options.stack_size.most() {
             let Ok(page) = memory.bytes(start + bytes.len() as u64, STACK_PAGE) else { break };
             bytes.extend_from_slice(&page);
         }
