@@ -5,6 +5,7 @@ mod support;
 use std::{
     collections::{HashMap, HashSet},
     fs,
+    io::Write as _,
     net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -42,28 +43,40 @@ impl Workers {
     fn gunicorn(python: &Path, count: u32) -> Self {
         let count = count.to_string();
         let arguments = ["-m", "gunicorn", "-k", "uvicorn.workers.UvicornWorker", "-w", &count, "--log-level", "error"];
-        Self::start(python, &[&arguments[..], &["-b"]].concat(), |port| format!("127.0.0.1:{port}"))
+        let mut command = Command::new(python);
+        command.args(arguments).arg("-b").stdin(Stdio::null());
+        Self::start(command, |port| format!("127.0.0.1:{port}"))
     }
 
-    fn uvicorn(python: &Path, arguments: &[&str]) -> Self {
-        let log = ["-m", "uvicorn", "--log-level", "error"];
-        Self::start(python, &[&log[..], arguments, &["--port"]].concat(), |port| port.to_string())
+    /// A process that becomes the server when [`go`](Self::go) says so.
+    fn uvicorn_to_be(python: &Path, arguments: &[&str]) -> Self {
+        let mut command = Command::new("sh");
+        command.args(["-c", "read -r go; exec \"$@\"", "sh"]).arg(python).args([
+            "-m",
+            "uvicorn",
+            "--log-level",
+            "error",
+        ]);
+        command.args(arguments).arg("--port").stdin(Stdio::piped());
+        Self::start(command, |port| port.to_string())
     }
 
-    /// `arguments` end with the option that takes what `at` makes of the port.
-    fn start(python: &Path, arguments: &[&str], at: impl Fn(u16) -> String) -> Self {
+    fn go(&mut self) {
+        self.child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    }
+
+    /// `command` ends with the option that takes what `at` makes of the port.
+    fn start(mut command: Command, at: impl Fn(u16) -> String) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let truth = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{number}.truth", std::process::id()));
         let _ = fs::remove_file(&truth);
         let port = free_port();
-        let child = Command::new(python)
-            .args(arguments)
+        let child = command
             .args([&at(port), "workers:app"])
             .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers"))
             .env("PYTHONDONTWRITEBYTECODE", "1")
             .env("TRUTH", &truth)
-            .stdin(Stdio::null())
             .spawn()
             .unwrap();
         Self { child, port, truth }
@@ -317,8 +330,9 @@ fn workers_that_run_their_own_program_are_found_too() {
     }
     let Some(python) = pythons().into_iter().next_back() else { return };
     // `uvicorn --workers` starts its workers afresh instead of forking them, beside a helper that is none.
-    let mut server = Workers::uvicorn(&python, &["--workers", "2", "--loop", "asyncio"]);
-    let mut watching = Watching::begin(server.pid(), &["--threshold", "50ms"]);
+    let mut server = Workers::uvicorn_to_be(&python, &["--workers", "2", "--loop", "asyncio"]);
+    let mut watching = Watching::before_polls(server.pid(), &["--threshold", "50ms"]);
+    server.go();
     server.wait_until_up();
     server.wait_for_workers(2);
     watching.wait_for_loops(2);
@@ -332,6 +346,27 @@ fn workers_that_run_their_own_program_are_found_too() {
     assert_owned(&events, &server.truth(), 0);
     assert!(events.messages.contains("(worker 2 of 2)"), "{}", events.messages);
     assert!(events.messages.contains("ended"), "{}", events.messages);
+}
+
+#[test]
+fn a_loop_that_was_not_there_yet_is_watched_from_its_first_tick() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    for python in pythons() {
+        let program = "import asyncio, time\nasync def main():\n    time.sleep(0.3)\n    await asyncio.sleep(1)\ninput()\nasyncio.run(main())";
+        let mut child = Command::new(&python).args(["-c", program]).stdin(Stdio::piped()).spawn().unwrap();
+        let watching = Watching::before_polls(child.id(), &["--threshold", "50ms"]);
+        child.stdin.take().unwrap().write_all(b"\n").unwrap();
+        let events = watching.ended();
+        support::wait(&mut child);
+        let blocks: Vec<_> = events.blocks().collect();
+        let [block] = blocks[..] else { panic!("{:#?}; {}", events.lines, events.messages) };
+        assert!(block["duration_ms"].as_f64().unwrap() >= 300.0, "{block:#}");
+        assert!(support::line_of(block, "main").is_some(), "{block:#}");
+        assert_eq!(events.summary()["threads"][0]["runtime"], "asyncio", "{}", events.messages);
+    }
 }
 
 #[test]

@@ -254,10 +254,11 @@ pub struct PollRecord {
     pub slot: u32,
 }
 
-/// A process that ran already when loopguard came.
-pub const PROCESS_FOUND: u32 = 1;
-/// A process that was made by a watched one: its first polls are its loops'.
-pub const PROCESS_SINCE_BIRTH: u32 = 2;
+/// A process whose loops may run already: where their ticks began is not known.
+pub const PROCESS_MAY_POLL: u32 = 1;
+/// A process, or a program that it became, that is watched since before it polled: the first polls of its threads are
+/// their loops'.
+pub const PROCESS_BEFORE_POLLS: u32 = 2;
 
 /// The thread is not watched from here on.
 pub const NO_SLOT: u32 = u32::MAX;

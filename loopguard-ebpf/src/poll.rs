@@ -8,7 +8,7 @@ use aya_ebpf::{
     programs::TracePointContext,
 };
 use aya_log_ebpf::debug;
-use loopguard_common::records::{NO_SLOT, PROCESS_SINCE_BIRTH, PollRecord, RecordHeader, RecordKind};
+use loopguard_common::records::{NO_SLOT, PROCESS_BEFORE_POLLS, PollRecord, RecordHeader, RecordKind};
 
 use crate::{
     maps::{PROCESSES, REPORTED_POLLS, maybe_watched, watch_from_poll, watched},
@@ -59,7 +59,7 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
 }
 
 /// A thread that is not watched, or a descriptor that is not its loop's: user space decides what it is. In a
-/// process that was watched since its birth a thread is watched from its first poll on until that is decided, so that
+/// process that was watched since before it polled a thread is watched from its first poll on until that is decided, so that
 /// nothing is missed meanwhile.
 #[inline(always)]
 fn report_unknown(ctx: &TracePointContext, unknown: Unknown) {
@@ -76,7 +76,7 @@ fn report_unknown(ctx: &TracePointContext, unknown: Unknown) {
         *reported_ns = now;
     } else {
         let _ = REPORTED_POLLS.insert(tid, now, 0);
-        if is_unwatched && *process == PROCESS_SINCE_BIRTH {
+        if is_unwatched && *process == PROCESS_BEFORE_POLLS {
             slot = watch_from_poll((tgid, tid), epoll_fd, now);
         }
     }

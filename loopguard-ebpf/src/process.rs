@@ -6,7 +6,7 @@ use aya_ebpf::{
 };
 use loopguard_common::{
     clock::SwitchOut,
-    records::{PROCESS_SINCE_BIRTH, ProcessChange, ProcessRecord, RecordHeader, RecordKind},
+    records::{PROCESS_BEFORE_POLLS, ProcessChange, ProcessRecord, RecordHeader, RecordKind},
 };
 
 use crate::{
@@ -38,7 +38,7 @@ pub fn on_fork(ctx: BtfTracePointContext) -> i32 {
         // Only a thread.
         return 0;
     }
-    let _ = PROCESSES.insert(tgid, PROCESS_SINCE_BIRTH, 0);
+    let _ = PROCESSES.insert(tgid, PROCESS_BEFORE_POLLS, 0);
     mark_watched(tgid);
     tell(ProcessChange::Forked, (tgid, tid_of(child)), Origin { parent, start_boottime_ns });
     0
@@ -54,6 +54,7 @@ pub fn on_exec(_ctx: BtfTracePointContext) -> i32 {
     if maybe_watched(tgid) && unsafe { PROCESSES.get(tgid) }.is_some() {
         finish(tid);
         let _ = REPORTED_POLLS.remove(tid);
+        let _ = PROCESSES.insert(tgid, PROCESS_BEFORE_POLLS, 0);
         tell(ProcessChange::Exec, (tgid, tid), Origin::default());
     }
     0

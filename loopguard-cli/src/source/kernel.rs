@@ -24,7 +24,9 @@ use aya_log::EbpfLogger;
 use loopguard_common::{
     clock::{LoopClock, SwitchOut},
     layout::PyLayout,
-    records::{Counter, LoopThread, MAX_STACK_PAGES, PROCESS_FOUND, REGISTERS, STEP_CUT_AT_ATTACH},
+    records::{
+        Counter, LoopThread, MAX_STACK_PAGES, PROCESS_BEFORE_POLLS, PROCESS_MAY_POLL, REGISTERS, STEP_CUT_AT_ATTACH,
+    },
     short::ShortPace,
     walk::CaptureBuffer,
 };
@@ -116,6 +118,13 @@ impl Pace {
         }
         .max(self.gap_ns())
     }
+}
+
+/// Whether the loops of a process that is to be watched run already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    MayPoll,
+    BeforePolls,
 }
 
 /// How closely a thread on the CPU is sampled: an interrupt costs a few microseconds.
@@ -313,10 +322,19 @@ impl Kernel {
 
     /// Reports the loop threads of a process that are not watched yet as they poll, and what becomes of the process.
     /// Its children are watched from their first instant.
-    pub fn watch_process(&mut self, pid: u32) -> Result<()> {
+    pub fn watch_process(&mut self, pid: u32, progress: Progress) -> Result<()> {
+        let known = match progress {
+            Progress::MayPoll => PROCESS_MAY_POLL,
+            Progress::BeforePolls => PROCESS_BEFORE_POLLS,
+        };
         // The kernel programs may know it better already.
-        let _ = self.processes.insert(pid, PROCESS_FOUND, BPF_NOEXIST);
+        let _ = self.processes.insert(pid, known, BPF_NOEXIST);
         self.mark(pid, true)
+    }
+
+    /// It began to poll just when it was to be watched.
+    pub fn may_poll(&mut self, pid: u32) -> Result<()> {
+        Ok(self.processes.insert(pid, PROCESS_MAY_POLL, 0)?)
     }
 
     pub fn update_layout(&mut self, pid: u32, layout: &PyLayout) -> Result<()> {

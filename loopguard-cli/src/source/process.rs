@@ -100,7 +100,6 @@ pub fn user_registers(pid: u32, tid: Tid) -> Option<UserRegisters> {
 /// The process's epoll descriptors.
 pub fn epoll_descriptors(pid: u32) -> Vec<i32> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
-    let is_epoll = |path: &Path| fs::read_link(path).is_ok_and(|to| to.as_os_str() == "anon_inode:[eventpoll]");
     entries
         .filter_map(|entry| {
             let entry = entry.ok()?;
@@ -109,8 +108,18 @@ pub fn epoll_descriptors(pid: u32) -> Vec<i32> {
         .collect()
 }
 
+/// Whether the process surely has no epoll descriptor.
+pub fn has_no_epoll_descriptor(pid: u32) -> bool {
+    fs::read_dir(format!("/proc/{pid}/fd"))
+        .is_ok_and(|mut entries| entries.all(|entry| entry.is_ok_and(|entry| !is_epoll(&entry.path()))))
+}
+
 pub fn is_epoll_descriptor(pid: u32, fd: i32) -> bool {
-    fs::read_link(format!("/proc/{pid}/fd/{fd}")).is_ok_and(|to| to.as_os_str() == "anon_inode:[eventpoll]")
+    is_epoll(Path::new(&format!("/proc/{pid}/fd/{fd}")))
+}
+
+fn is_epoll(descriptor: &Path) -> bool {
+    fs::read_link(descriptor).is_ok_and(|to| to.as_os_str() == "anon_inode:[eventpoll]")
 }
 
 /// What a descriptor leads to: a peer's address for a connected socket, a path for a file.

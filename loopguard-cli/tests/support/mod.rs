@@ -161,6 +161,13 @@ impl Watching {
         watching
     }
 
+    /// Returns once loopguard watches a process that has no event loop yet.
+    pub fn before_polls(pid: u32, arguments: &[&str]) -> Self {
+        let mut watching = Self::begin(pid, arguments);
+        watching.wait_for("no event loop seen so far");
+        watching
+    }
+
     /// Returns at once.
     pub fn begin(pid: u32, arguments: &[&str]) -> Self {
         Self::with(&[&["--pid", &pid.to_string()], arguments].concat())
@@ -190,6 +197,16 @@ impl Watching {
         while !says(&self.messages()) {
             assert!(self.child.try_wait().unwrap().is_none(), "loopguard ended: {}", self.messages());
             assert!(started.elapsed() < PATIENCE, "loopguard does not see {count} loops: {}", self.messages());
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Waits until loopguard says this.
+    pub fn wait_for(&mut self, message: &str) {
+        let started = Instant::now();
+        while !self.messages().contains(message) {
+            assert!(self.child.try_wait().unwrap().is_none(), "loopguard ended: {}", self.messages());
+            assert!(started.elapsed() < PATIENCE, "loopguard does not say {message:?}: {}", self.messages());
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -225,6 +242,14 @@ impl Watching {
         let text = fs::read_to_string(&self.events).unwrap();
         let lines = text.lines().map(|line| serde_json::from_str(line).expect("every line is JSON")).collect();
         Events { status, lines, messages: self.messages() }
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        // Only where a test failed: it ends by itself otherwise.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -123,7 +123,7 @@ impl Live {
         // It may have come in since.
         target.uses_uvloop = target.uses_uvloop || process::uses_uvloop(pid);
         let (uses_uvloop, is_python) = (target.uses_uvloop, target.python.is_some());
-        let is_first = target.since_birth && self.kernel.slot_of(tid).is_some();
+        let is_first = target.before_polls && self.kernel.slot_of(tid).is_some();
         let found = match self.python_stack(pid, tid) {
             Some((python, stack)) => {
                 let runtime = match LoopFrames::of(&stack) {
@@ -141,6 +141,8 @@ impl Live {
                     }
                     // A poll inside a step: the loop's own will follow.
                     LoopFrames::Asyncio { polls: false } => return Ok(()),
+                    // Read while they changed, these frames say nothing. Its next poll is told of.
+                    LoopFrames::None if is_partial(&stack) && !sleeps_in_poll(pid, tid) => return Ok(()),
                     _ => Runtime::Epoll,
                 };
                 Found { pid, tid, epoll_fd, runtime, python: Some(python) }
@@ -282,6 +284,7 @@ impl Live {
             tid,
             Loop {
                 info,
+                since_ns: process::monotonic_ns(),
                 python,
                 epoll_fd,
                 slot,
@@ -321,6 +324,14 @@ fn standing(poll: &Poll) -> Standing {
         }
         _ => Standing::Idle,
     }
+}
+
+fn is_partial(stack: &Stack) -> bool {
+    stack.frames.is_empty() || stack.incomplete.is_some()
+}
+
+fn sleeps_in_poll(pid: u32, tid: Tid) -> bool {
+    process::current_syscall(pid, tid).is_some_and(|(number, _)| syscall::is_epoll(number))
 }
 
 /// The system call a thread sleeps in, with its first argument.

@@ -33,6 +33,8 @@ pub(super) struct StepFacts {
     waits_on: Vec<((i32, u64), Option<String>)>,
     /// Looked at from here while it waited.
     looked_at: bool,
+    /// What was seen then, of a wait that had begun before it was known where the thread keeps its frames.
+    looked: Option<Box<CaptureRecord>>,
     /// Who else is in flight was read.
     pub(super) counted: bool,
     report_ongoing_ns: u64,
@@ -61,6 +63,24 @@ pub(super) enum Freshness {
 }
 
 impl Live {
+    /// Gives a capture of a wait the frames that were read from here meanwhile, where the kernel programs did not know
+    /// yet where to find them.
+    pub(super) fn complete(&self, record: &mut CaptureRecord) {
+        let Some(known) = self.loops.get(&record.header.tid) else { return };
+        let Some(looked) = known.step.looked.as_ref().filter(|_| walk_status(record) == WalkStatus::None) else {
+            return;
+        };
+        let is_same_wait = known.step.seq == record.step_seq
+            && (record.at_ns..=record.until_ns).contains(&looked.at_ns)
+            && record.syscall == looked.syscall;
+        if is_same_wait {
+            record.walk = looked.walk;
+            record.frame_count = looked.frame_count;
+            record.frames = looked.frames;
+            record.request = looked.request;
+        }
+    }
+
     pub(super) fn capture(&mut self, record: &CaptureRecord, freshness: Freshness) -> Option<Capture> {
         let tid = record.header.tid;
         // A short step is looked into only because others before it added up.
@@ -214,6 +234,11 @@ impl Live {
                 {
                     let copy = self.copy_stack(&record);
                     seen.push(self.seen(&record, capture, copy));
+                    if let Some(known) = self.loops.get_mut(&tid)
+                        && clock.wait_start_ns < known.since_ns
+                    {
+                        known.step.looked = Some(record);
+                    }
                 }
             }
             // Most of the way to a block: worth to know who is held up.

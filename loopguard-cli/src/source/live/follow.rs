@@ -19,7 +19,10 @@ use crate::{
         status::ThreadStatus,
     },
     runtime::cpython::{self, Inspector, NotUsable},
-    source::process::{self, Identity},
+    source::{
+        kernel::Progress,
+        process::{self, Identity},
+    },
 };
 
 /// Processes that are watched at once; the kernel programs' table of them is as large.
@@ -68,7 +71,14 @@ impl Live {
             bail!("{MAX_PROCESSES} processes are watched already");
         }
         let pid = identity.pid;
-        self.kernel.watch_process(pid)?;
+        // A server that is just starting is watched from its first tick on, like the children it makes later.
+        let mut before_polls = process::has_no_epoll_descriptor(pid);
+        self.kernel.watch_process(pid, if before_polls { Progress::BeforePolls } else { Progress::MayPoll })?;
+        if before_polls && !process::has_no_epoll_descriptor(pid) {
+            // It may have polled before it was watched.
+            before_polls = false;
+            self.kernel.may_poll(pid)?;
+        }
         self.watched_processes += 1;
         self.targets.insert(
             pid,
@@ -76,7 +86,7 @@ impl Live {
                 parent: parent.or_else(|| process::parent(pid).filter(|parent| self.targets.contains_key(parent))),
                 identity,
                 looked_into: false,
-                since_birth: false,
+                before_polls,
                 is_fork: false,
                 worker: None,
                 python: None,
@@ -136,6 +146,7 @@ impl Live {
             self.naming.forget(pid);
             self.requests.close_process(pid);
             if let Some(target) = self.targets.get_mut(&pid) {
+                target.before_polls = true;
                 target.python = None;
                 target.tokio = None;
                 target.looked_into = false;
@@ -152,8 +163,10 @@ impl Live {
 
     fn forked(&mut self, record: &ProcessRecord, events: &mut Vec<Event>) {
         let pid = record.header.tgid;
-        if let Some(known) = self.targets.get(&pid) {
+        if let Some(known) = self.targets.get_mut(&pid) {
             if known.identity.is_process_of(record.start_boottime_ns) {
+                // It was found before it was told of.
+                known.before_polls = true;
                 return;
             }
             // Its id was used again before its end was noticed.
@@ -167,7 +180,7 @@ impl Live {
                     self.kernel.unwatch_process(pid);
                 } else {
                     if let Some(target) = self.targets.get_mut(&pid) {
-                        target.since_birth = true;
+                        target.before_polls = true;
                     }
                     self.inherit(pid, record.parent);
                 }

@@ -134,8 +134,8 @@ struct Target {
     parent: Option<u32>,
     /// Whether it is known what it runs.
     looked_into: bool,
-    /// Watched since it was made, not only since loopguard came.
-    since_birth: bool,
+    /// It was watched before the program it runs polled for the first time.
+    before_polls: bool,
     /// It runs the program of the process that it was forked from.
     is_fork: bool,
     /// Its number among its parent's children with loops.
@@ -155,6 +155,8 @@ struct Python {
 /// A loop thread that is watched.
 struct Loop {
     info: LoopInfo,
+    /// When it became known.
+    since_ns: u64,
     python: Option<PyThreadInfo>,
     epoll_fd: i32,
     slot: u32,
@@ -259,8 +261,9 @@ impl Live {
         // A record is copied out before it is understood: its place is free for the next ones meanwhile.
         while let Some(record) = self.records.get_mut().next().map(|bytes| decode(&bytes)) {
             match record {
-                Ok(Record::Capture(record)) => {
+                Ok(Record::Capture(mut record)) => {
                     self.introduce(record.header.tid, events)?;
+                    self.complete(&mut record);
                     let copy = self.pages.take(&record);
                     if let Some(capture) = self.capture(&record, Freshness::Unknown) {
                         let seen = self.seen(&record, capture, copy);
