@@ -245,6 +245,27 @@ fn a_loop_that_starts_later_is_found() {
 }
 
 #[test]
+fn a_block_that_hardly_gets_a_processor_is_named() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next_back() else { return };
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/crowded.py");
+    let mut target = Command::new(python).arg(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut says = BufReader::new(target.stdout.take().unwrap()).lines().map(Result::unwrap);
+    // From when the first block has been noticed on, samples are close: only the first one is hard to see.
+    let watching = Watching::start(target.id(), &["--threshold", "50ms"]);
+    target.stdin.as_mut().unwrap().write_all(b"block\n").unwrap();
+    assert_eq!(says.next().as_deref(), Some("done"));
+    drop(target.stdin.take());
+    let events = watching.ended();
+    target.wait().unwrap();
+    let named = events.blocks().filter(|block| line_of(block, "kept_waiting").is_some());
+    assert_eq!(named.count(), 1, "{:#?}", events.lines);
+}
+
+#[test]
 fn the_target_survives_the_death_of_loopguard_and_loopguard_that_of_the_target() {
     let _alone = alone();
     if !can_trace() {

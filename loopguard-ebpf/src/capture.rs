@@ -21,7 +21,7 @@ use loopguard_common::{
 };
 
 use crate::{
-    maps::{LAYOUTS, at_slot, capture_buffer, watched},
+    maps::{LAYOUTS, Watched, at_slot, capture_buffer, watched},
     send, stack,
 };
 
@@ -170,23 +170,27 @@ pub extern "C" fn capture_futex(slot: u32, address: u64, is_gil: u32) -> u32 {
 /// The sampling clock of one loop thread ticked while the thread was on the CPU.
 #[perf_event]
 pub fn on_sample(_ctx: PerfEventContext) -> u32 {
-    let tid = bpf_get_current_pid_tgid() as u32;
-    if let Some(target) = watched(tid) {
+    if let Some(mut target) = watched(bpf_get_current_pid_tgid() as u32) {
         // SAFETY: a helper without conditions.
-        let now = unsafe { bpf_ktime_get_ns() };
-        if target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
-            if let Some(buffer) = capture_buffer(target.slot) {
-                buffer.record.cause = CaptureCause::Sample as u32;
-                buffer.record.syscall = SYSCALL_NONE;
-                buffer.record.arg0 = 0;
-                capture_take(target.slot, now);
-                buffer.record.off_cpu = target.clock.off_cpu();
-                target.clock.last_capture_ns = now;
-                stack::stack_copy(target.slot, tid, now, buffer.record.registers[REGISTER_SP]);
-                stack::stack_send(target.slot);
-                send::capture(&buffer.record);
-            }
-        }
+        sample(&mut target, unsafe { bpf_ktime_get_ns() });
     }
     0
+}
+
+/// Captures the current thread on the CPU, if its step is old and was not looked at lately.
+#[inline(always)]
+pub fn sample(target: &mut Watched, now: u64) {
+    if !target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
+        return;
+    }
+    let Some(buffer) = capture_buffer(target.slot) else { return };
+    buffer.record.cause = CaptureCause::Sample as u32;
+    buffer.record.syscall = SYSCALL_NONE;
+    buffer.record.arg0 = 0;
+    capture_take(target.slot, now);
+    buffer.record.off_cpu = target.clock.off_cpu();
+    target.clock.last_capture_ns = now;
+    stack::stack_copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
+    stack::stack_send(target.slot);
+    send::capture(&buffer.record);
 }

@@ -88,6 +88,8 @@ fn switched_out(mut target: Watched, preempted: bool) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     if preempted {
+        // The sampling clock counts time on the CPU: a step that is kept from it meets few of its samples.
+        capture::sample(&mut target, now);
         target.clock.switch_out(now, SwitchOut::Preempted);
         return;
     }
