@@ -41,9 +41,6 @@ const REAP_EVERY: Duration = Duration::from_millis(200);
 const NEWCOMERS_EVERY: Duration = Duration::from_secs(1);
 /// How often sinks get the live figures.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
-/// Steps that wait are looked at this many times within one threshold.
-const LOOKS_PER_THRESHOLD: u32 = 4;
-const LOOK_EVERY: std::ops::RangeInclusive<Duration> = Duration::from_millis(2)..=Duration::from_millis(50);
 /// How long a target may take to show its first loop thread before loopguard says that it sees none.
 const NO_LOOP_HINT: Duration = Duration::from_secs(3);
 const NO_LOOP: &str = "no event loop seen so far: no thread of the target has called epoll_wait; still looking";
@@ -164,9 +161,7 @@ async fn follow(
     live.scan(&mut events)?;
     let mut command = held.map(Held::go).transpose()?;
 
-    let look_every = Duration::from_nanos(options.threshold_ns) / LOOKS_PER_THRESHOLD;
-    let mut look = interval(look_every.clamp(*LOOK_EVERY.start(), *LOOK_EVERY.end()));
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut look_at = Instant::now();
     let mut reap = interval(REAP_EVERY);
     reap.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut status = interval(STATUS_EVERY);
@@ -207,11 +202,7 @@ async fn follow(
                 ready?;
                 live.drain(&mut events)?;
             }
-            _ = look.tick() => {
-                // Records of requests wake nobody.
-                live.drain(&mut events)?;
-                live.watch(&mut events)?;
-            }
+            () = sleep_until(look_at) => look_at = Instant::now() + live.watch(&mut events)?,
             _ = reap.tick() => {
                 live.drain(&mut events)?;
                 live.reap(&mut events);

@@ -189,8 +189,9 @@ pub fn sample(target: &mut Watched, now: u64) {
     buffer.record.arg0 = 0;
     capture_take(target.slot, now);
     buffer.record.off_cpu = target.clock.off_cpu();
+    let is_first = target.clock.last_capture_ns < target.clock.step_start_ns;
     target.clock.last_capture_ns = now;
     stack::stack_copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
     stack::stack_send(target.slot);
-    send::capture(&buffer.record);
+    send::capture(&buffer.record, is_first);
 }

@@ -24,10 +24,6 @@ use crate::{
     send, task,
 };
 
-/// Nobody waits for these records: user space fetches them regularly, and a wake-up for each would cost the server
-/// more than the probe (`BPF_RB_NO_WAKEUP`).
-const NO_WAKEUP: u64 = 1;
-
 /// What each probe site's arguments are, by the site's index.
 #[map]
 static PROBE_ARGUMENTS: Array<ProbeArguments> = Array::with_max_entries(1024, 0);
@@ -138,7 +134,7 @@ pub fn on_request_start(ctx: ProbeContext) -> u32 {
         (*record).path_length = copy(&raw mut (*record).path, hit.argument::<3>(), hit.argument::<4>());
         (*record).request_id_length = copy(&raw mut (*record).request_id, hit.argument::<5>(), hit.argument::<6>());
     }
-    entry.submit(NO_WAKEUP);
+    entry.submit(send::NO_WAKEUP);
     count(Counter::Sent);
     0
 }
@@ -157,7 +153,7 @@ pub fn on_request_route(ctx: ProbeContext) -> u32 {
         (*record).id = hit.argument::<0>();
         (*record).route_length = u64::from(copy(&raw mut (*record).route, hit.argument::<1>(), hit.argument::<2>()));
     }
-    entry.submit(NO_WAKEUP);
+    entry.submit(send::NO_WAKEUP);
     count(Counter::Sent);
     0
 }
@@ -211,7 +207,7 @@ pub fn on_request_end(ctx: ProbeContext) -> u32 {
         totals: totals(&key).map_or(RequestTotals::default(), |totals| *totals),
     };
     let _ = REQUESTS.remove(&key);
-    let sent = RECORDS.output::<RequestEndRecord>(&end, NO_WAKEUP);
+    let sent = RECORDS.output::<RequestEndRecord>(&end, send::NO_WAKEUP);
     count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
     0
 }

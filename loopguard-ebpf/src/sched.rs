@@ -186,7 +186,8 @@ fn switched_in(target: Watched) {
         buffer.record.off_cpu = target.clock.off_cpu();
         target.clock.last_capture_ns = now;
         stack::stack_send(target.slot);
-        send::capture(&buffer.record);
+        // What it waited for may be there to be read a moment longer.
+        send::capture(&buffer.record, true);
     }
 }
 

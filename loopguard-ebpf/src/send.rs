@@ -11,6 +11,13 @@ use loopguard_common::{
 
 use crate::maps::{RECORDS, count};
 
+/// `BPF_RB_NO_WAKEUP` (linux/bpf.h): user space finds it when it next looks, soon enough. A wake-up costs both sides
+/// more than the record.
+pub const NO_WAKEUP: u64 = 1;
+/// `BPF_RB_FORCE_WAKEUP`: what must be followed up at once. Without it a record wakes nobody that lies behind another
+/// one.
+const WAKE_UP: u64 = 2;
+
 #[inline(always)]
 pub fn step_if_long(thread: &LoopThread, clock: &mut LoopClock, ended: EndedStep, request: u64) {
     let duration = ended.duration_ns();
@@ -46,7 +53,7 @@ fn step(thread: &LoopThread, clock: &LoopClock, ended: EndedStep, request: u64) 
     };
     // SAFETY: room for a record, of which every field is written.
     fill_step(unsafe { &mut *entry.as_mut_ptr() }, thread, clock, (ended, request));
-    entry.submit(0);
+    entry.submit(NO_WAKEUP);
     count(Counter::Sent);
 }
 
@@ -68,13 +75,14 @@ pub fn fill_step(record: &mut StepRecord, thread: &LoopThread, clock: &LoopClock
 /// A step that had to wait for what followed.
 #[inline(never)]
 pub fn held_step(record: &StepRecord) {
-    let sent = RECORDS.output::<StepRecord>(record, 0);
+    let sent = RECORDS.output::<StepRecord>(record, NO_WAKEUP);
     count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }
 
-/// Sends a capture without the frames it does not have.
+/// Sends a capture without the frames it does not have. What is not in it must be read while the step still runs;
+/// `is_first`: nothing is known of the step yet.
 #[inline(always)]
-pub fn capture(record: &CaptureRecord) {
+pub fn capture(record: &CaptureRecord, is_first: bool) {
     let frames = record.frame_count as usize;
     if frames > MAX_FRAMES {
         return;
@@ -86,7 +94,7 @@ pub fn capture(record: &CaptureRecord) {
             (&raw const RECORDS).cast_mut().cast(),
             (&raw const *record).cast_mut().cast(),
             length as u64,
-            0,
+            if is_first || record.request.scope == 0 { WAKE_UP } else { NO_WAKEUP },
         )
     };
     count(if sent == 0 { Counter::Sent } else { Counter::Lost });
@@ -94,12 +102,12 @@ pub fn capture(record: &CaptureRecord) {
 
 #[inline(always)]
 pub fn poll(record: &PollRecord) {
-    let sent = RECORDS.output::<PollRecord>(record, 0);
+    let sent = RECORDS.output::<PollRecord>(record, WAKE_UP);
     count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }
 
 #[inline(always)]
 pub fn process(record: &ProcessRecord) {
-    let sent = RECORDS.output::<ProcessRecord>(record, 0);
+    let sent = RECORDS.output::<ProcessRecord>(record, WAKE_UP);
     count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }

@@ -6,14 +6,14 @@ use aya_ebpf::helpers::{
 };
 use loopguard_common::records::{Counter, MAX_STACK_PAGES, RecordHeader, RecordKind, STACK_PAGE, StackPage};
 
-use crate::maps::{STACK_PAGES, STACKS, at_slot, capture_buffer, count};
+use crate::{
+    maps::{STACK_PAGES, STACKS, at_slot, capture_buffer, count},
+    send::NO_WAKEUP,
+};
 
 /// Pages copied of the stack of a thread that has no room for more of its own, set at load.
 #[unsafe(no_mangle)]
 static STACK_PAGE_LIMIT: u32 = 0;
-
-/// `BPF_RB_NO_WAKEUP` (linux/bpf.h): the capture that follows wakes user space.
-const NO_WAKEUP: u64 = 1;
 
 #[inline(always)]
 fn limit() -> u32 {

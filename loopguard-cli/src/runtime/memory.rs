@@ -96,6 +96,30 @@ pub struct ProcessMemory {
     pub pid: u32,
 }
 
+impl ProcessMemory {
+    /// Fills `to` with whole pages; returns how many were read before one that can't be.
+    fn read_pages(&self, pages: &[u64], to: &mut [u8]) -> usize {
+        debug_assert_eq!(to.len(), pages.len() * PAGE);
+        let local = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
+        let remote: Vec<libc::iovec> =
+            pages.iter().map(|&page| libc::iovec { iov_base: page as *mut libc::c_void, iov_len: PAGE }).collect();
+        // SAFETY: `local` describes `to`; the others are only addresses to the kernel.
+        let got = unsafe {
+            libc::process_vm_readv(self.pid as libc::pid_t, &local, 1, remote.as_ptr(), remote.len() as u64, 0)
+        };
+        usize::try_from(got).unwrap_or_default() / PAGE
+    }
+
+    /// What there is from `address` on, at most `length` bytes.
+    pub fn bytes_up_to(&self, address: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        // SAFETY: `bytes` is valid for writing its length.
+        let got = unsafe { read_process(self.pid, address, bytes.as_mut_ptr(), length) };
+        bytes.truncate(usize::try_from(got).unwrap_or_default());
+        bytes
+    }
+}
+
 impl TargetMemory for ProcessMemory {
     fn read_exact(&self, address: u64, to: &mut [u8]) -> Result<(), Fault> {
         if to.is_empty() {
@@ -154,14 +178,26 @@ pub struct GlancedMemory {
 #[derive(Debug, Default)]
 struct KeptPages {
     is_looking: bool,
-    at: HashMap<u64, usize>,
+    at: HashMap<u64, Kept>,
     bytes: Vec<u8>,
+    /// What the last look of the kind that comes again and again needed.
+    usual: Vec<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    /// Where the page begins among the bytes.
+    at: usize,
+    is_used: bool,
 }
 
 impl KeptPages {
     fn page(&mut self, memory: &ProcessMemory, page: u64) -> Result<&[u8], Fault> {
-        let at = match self.at.get(&page) {
-            Some(&at) => at,
+        let at = match self.at.get_mut(&page) {
+            Some(kept) => {
+                kept.is_used = true;
+                kept.at
+            }
             None => {
                 if self.at.len() >= MAX_PAGES {
                     self.clear();
@@ -172,11 +208,27 @@ impl KeptPages {
                     self.bytes.truncate(at);
                     return Err(fault);
                 }
-                self.at.insert(page, at);
+                self.at.insert(page, Kept { at, is_used: true });
                 at
             }
         };
         Ok(&self.bytes[at..at + PAGE])
+    }
+
+    /// Reads what the last look needed by one system call: most of it is where it was. Pages behind one that is gone are
+    /// read when they are needed.
+    fn read_usual(&mut self, memory: &ProcessMemory) {
+        self.bytes.resize(self.usual.len() * PAGE, 0);
+        let got = memory.read_pages(&self.usual, &mut self.bytes);
+        self.bytes.truncate(got * PAGE);
+        let read = self.usual.iter().take(got).enumerate();
+        self.at.extend(read.map(|(i, &page)| (page, Kept { at: i * PAGE, is_used: false })));
+    }
+
+    fn remember_usual(&mut self) {
+        self.usual.clear();
+        self.usual.extend(self.at.iter().filter(|(_, kept)| kept.is_used).map(|(&page, _)| page));
+        self.usual.sort_unstable();
     }
 
     fn clear(&mut self) {
@@ -247,13 +299,20 @@ impl Memory for GlancedMemory {
 
 /// One look at a process: what it reads is of one instant or little later, and forgotten when this is dropped.
 #[derive(Debug)]
-pub struct Glance<'a>(Option<&'a GlancedMemory>);
+pub struct Glance<'a> {
+    /// `None`: within another glance, or there is nothing to read.
+    memory: Option<&'a GlancedMemory>,
+    comes_again: bool,
+}
 
 impl Drop for Glance<'_> {
     fn drop(&mut self) {
-        if let Some(memory) = self.0 {
+        if let Some(memory) = self.memory {
             let mut kept = memory.kept();
             kept.is_looking = false;
+            if self.comes_again {
+                kept.remember_usual();
+            }
             kept.clear();
         }
     }
@@ -402,10 +461,23 @@ pub enum Source {
 impl Source {
     /// From now on each page is read once, until the glance is dropped. Inside another glance it is that one that counts.
     pub fn glance(&self) -> Glance<'_> {
-        let Self::Live(memory) = self else { return Glance(None) };
+        self.begin_glance(false)
+    }
+
+    /// A glance of the kind that comes again and again and leads to the same places: what the last one needed is read
+    /// beforehand, at once.
+    pub fn usual_glance(&self) -> Glance<'_> {
+        self.begin_glance(true)
+    }
+
+    fn begin_glance(&self, comes_again: bool) -> Glance<'_> {
+        let Self::Live(memory) = self else { return Glance { memory: None, comes_again } };
         let mut kept = memory.kept();
         let is_outermost = !std::mem::replace(&mut kept.is_looking, true);
-        Glance(is_outermost.then_some(memory))
+        if is_outermost && comes_again {
+            kept.read_usual(&memory.memory);
+        }
+        Glance { memory: is_outermost.then_some(memory), comes_again }
     }
 
     /// What is read from now on is read anew, within a glance too.
@@ -477,6 +549,42 @@ mod tests {
             assert_eq!(source.u64(8), Err(Fault::Unmapped { address: 8, length: 8 }));
         }
         assert_eq!(read(0), [3; 16]);
+    }
+
+    #[test]
+    fn a_usual_glance_reads_what_the_last_one_needed_beforehand() {
+        let source = Source::Live(ProcessMemory { pid: std::process::id() }.into());
+        let mut bytes = vec![1u8; 4 * PAGE];
+        let address = bytes.as_ptr() as u64;
+        let read = |at: usize| source.bytes(address + at as u64, 1).unwrap();
+        {
+            let _glance = source.usual_glance();
+            assert_eq!((read(0), read(2 * PAGE)), (vec![1], vec![1]));
+        }
+        bytes.fill(2);
+        {
+            let _glance = source.usual_glance();
+            bytes.fill(3);
+            // As it was when the glance began, but for what the last one did not need.
+            assert_eq!((read(0), read(3 * PAGE), read(2 * PAGE)), (vec![2], vec![3], vec![2]));
+        }
+        {
+            let _glance = source.glance();
+            bytes.fill(4);
+            assert_eq!(read(0), [4]);
+        }
+    }
+
+    #[test]
+    fn pages_are_read_up_to_one_that_is_gone() {
+        let here = ProcessMemory { pid: std::process::id() };
+        let bytes = vec![7u8; 3 * PAGE];
+        let page = (bytes.as_ptr() as u64).next_multiple_of(PAGE as u64);
+        let mut to = vec![0; 3 * PAGE];
+        assert_eq!(here.read_pages(&[page, 0, page + PAGE as u64], &mut to), 1);
+        assert_eq!(to[..PAGE], [7; PAGE]);
+        assert_eq!(here.bytes_up_to(page, 100), [7; 100]);
+        assert!(here.bytes_up_to(8, 100).is_empty());
     }
 
     #[test]

@@ -25,7 +25,7 @@ use loopguard_common::{
     clock::{LoopClock, SwitchOut},
     layout::PyLayout,
     records::{
-        Counter, LoopThread, MAX_STACK_PAGES, PROCESS_BEFORE_POLLS, PROCESS_MAY_POLL, REGISTERS, STEP_CUT_AT_ATTACH,
+        CaptureRecord, Counter, LoopThread, MAX_STACK_PAGES, PROCESS_BEFORE_POLLS, PROCESS_MAY_POLL, STEP_CUT_AT_ATTACH,
     },
     short::ShortPace,
     walk::CaptureBuffer,
@@ -532,10 +532,10 @@ impl Kernel {
         self.clocks.get(&self.slot_of(tid)?, 0).ok()
     }
 
-    /// The registers with which a watched thread last went to sleep in a step.
-    pub fn registers(&self, tid: Tid) -> Option<[u64; REGISTERS]> {
-        let buffer = self.captures.get(&self.slot_of(tid)?, 0).ok()?;
-        (buffer.record.header.tid == tid).then_some(buffer.record.registers)
+    /// What was captured of a watched thread when it last went to sleep in a step.
+    pub fn last_capture(&self, tid: Tid) -> Option<Box<CaptureRecord>> {
+        let CaptureBuffer { record, .. } = self.captures.get(&self.slot_of(tid)?, 0).ok()?;
+        (record.header.tid == tid).then(|| Box::new(record))
     }
 
     /// Prints what the programs have logged since.

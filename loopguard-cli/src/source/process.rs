@@ -81,22 +81,6 @@ pub fn current_syscall(pid: u32, tid: Tid) -> Option<(i64, u64)> {
     Some((number, argument))
 }
 
-/// Where a thread left user space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UserRegisters {
-    pub ip: u64,
-    pub sp: u64,
-}
-
-/// Of a thread that sleeps; `None` while it runs or cannot be read.
-pub fn user_registers(pid: u32, tid: Tid) -> Option<UserRegisters> {
-    // In a system call: number, six arguments, then stack pointer and program counter; else -1 and those two (proc(5)).
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
-    let mut fields = text.split_whitespace().rev().map(|field| u64::from_str_radix(field.strip_prefix("0x")?, 16).ok());
-    let (ip, sp) = (fields.next()??, fields.next()??);
-    Some(UserRegisters { ip, sp })
-}
-
 /// The process's epoll descriptors.
 pub fn epoll_descriptors(pid: u32) -> Vec<i32> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };

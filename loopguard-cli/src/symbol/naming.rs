@@ -14,14 +14,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
-use tokio::sync::Notify;
-
 use super::{NamedStack, RawStack, Stacks, footprint, object::Object, unwind::End};
 use crate::core::{
     event::{Capture, Event, Stack, Tid},
     status::StackCounts,
 };
+use anyhow::{Context as _, Result};
 
 /// Stacks that may wait to be named, and how many bytes their copies may have.
 const MAX_QUEUED: usize = 1024;
@@ -46,7 +44,6 @@ pub struct Naming {
     /// Bytes of the copies that wait.
     queued_bytes: usize,
     done: Receiver<Done>,
-    ready: Arc<Notify>,
     held: VecDeque<Held>,
     next_ticket: u64,
     unnamed: u64,
@@ -87,17 +84,14 @@ impl Naming {
     pub fn start() -> Result<Self> {
         let (work, to_do) = mpsc::sync_channel(MAX_QUEUED);
         let (report, done) = mpsc::channel();
-        let ready = Arc::new(Notify::new());
-        let notify = ready.clone();
         thread::Builder::new()
             .name("loopguard-names".to_owned())
-            .spawn(move || run(&to_do, &report, &notify))
+            .spawn(move || run(&to_do, &report))
             .context("start the thread that names stacks")?;
         Ok(Self {
             work: Some(work),
             queued_bytes: 0,
             done,
-            ready,
             held: VecDeque::new(),
             next_ticket: 0,
             unnamed: 0,
@@ -213,11 +207,6 @@ impl Naming {
         self.counts.clone()
     }
 
-    /// Waits until a stack was named. Does not end as long as none is.
-    pub async fn readable(&self) {
-        self.ready.notified().await;
-    }
-
     /// Waits for all stacks there are and releases everything.
     pub fn finish(&mut self, events: &mut Vec<Event>) {
         let until = Instant::now() + PATIENCE;
@@ -257,7 +246,7 @@ fn mark(capture: &mut Capture, why: &'static str) {
     stack.incomplete = Some(why);
 }
 
-fn run(to_do: &Receiver<Work>, report: &mpsc::Sender<Done>, ready: &Notify) {
+fn run(to_do: &Receiver<Work>, report: &mpsc::Sender<Done>) {
     let mut stacks = Stacks::default();
     let mut trimmed = Instant::now();
     let mut is_trimmed = true;
@@ -287,7 +276,6 @@ fn run(to_do: &Receiver<Work>, report: &mpsc::Sender<Done>, ready: &Notify) {
                 if report.send(Done::Stack(ticket, size, Box::new(named))).is_err() {
                     return;
                 }
-                ready.notify_one();
             }
         }
         for object in stacks.take_nameless() {

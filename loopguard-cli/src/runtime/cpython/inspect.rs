@@ -72,7 +72,7 @@ impl Inspector {
     /// The requests that have a task on the event loop a thread runs, each once; and how many tasks could not be read.
     pub fn requests_in_flight(&mut self, thread: &PyThreadInfo) -> Result<(Vec<RequestFacts>, u32), NotTold> {
         let interpreter = self.interpreter.clone();
-        let _glance = interpreter.memory.glance();
+        let _glance = interpreter.memory.usual_glance();
         let seen = self.interpreter.tasks_of_loop(thread).map_err(|_| NotTold::Unreadable)?;
         let mut unread = seen.unread;
         let mut requests: Vec<RequestFacts> = Vec::new();

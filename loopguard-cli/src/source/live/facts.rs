@@ -4,7 +4,7 @@
 //! kernel copies what it can on the spot; the rest is read from here and kept only if the thread's step counter shows
 //! that the same step was still running afterwards.
 
-use std::sync::Arc;
+use std::{ops::RangeInclusive, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use loopguard_common::{
@@ -19,6 +19,11 @@ use crate::{
     source::{process, syscall},
     symbol::naming::Seen,
 };
+
+/// Steps that wait are looked at this many times within one threshold.
+const LOOKS_PER_THRESHOLD: u64 = 4;
+/// The least and the most time between two looks.
+const LOOK_EVERY_NS: RangeInclusive<u64> = 2_000_000..=50_000_000;
 
 /// A block that goes on is reported when it is this old, then each time its age has doubled.
 const ONGOING_AFTER_NS: u64 = 500_000_000;
@@ -196,10 +201,12 @@ impl Live {
         self.kernel.clock(tid).is_some_and(|clock| clock.step_seq == seq && clock.in_tick())
     }
 
-    /// Takes all records that are there, and looks at the steps that are old and still wait.
-    pub fn watch(&mut self, events: &mut Vec<Event>) -> Result<()> {
+    /// Takes all records that are there, and looks at the steps that are old and still wait. Returns when to come back:
+    /// most records and all stacks that have been named wake nobody.
+    pub fn watch(&mut self, events: &mut Vec<Event>) -> Result<Duration> {
+        self.drain(events)?;
         let mut seen = Vec::new();
-        self.look_at_old_steps(&mut seen);
+        let next_in_ns = self.look_at_old_steps(&mut seen);
         // What was sent of earlier steps may still be in the ring buffer; it has to come first, or it would be taken
         // for late.
         let mut fresh = Vec::new();
@@ -209,19 +216,24 @@ impl Live {
             self.naming.pass(seen);
         }
         self.naming.release(events);
-        Ok(())
+        Ok(Duration::from_nanos(next_in_ns))
     }
 
     /// Looks at steps that are old and still wait: what they are about can be read now, and what goes on must be seen
-    /// before it ends.
-    fn look_at_old_steps(&mut self, seen: &mut Vec<Seen>) {
+    /// before it ends. Returns in how long one may have become old, in nanoseconds.
+    fn look_at_old_steps(&mut self, seen: &mut Vec<Seen>) -> u64 {
         let now = process::monotonic_ns();
+        let mut next_in_ns = *LOOK_EVERY_NS.end();
         for tid in self.loops.keys().copied().collect::<Vec<_>>() {
             let Some(clock) = self.kernel.clock(tid) else { continue };
             let age = now.saturating_sub(clock.step_start_ns);
             let Some(known) = self.loops.get_mut(&tid) else { continue };
             let threshold_ns = known.pace.threshold_ns;
-            if !clock.in_tick() || age < threshold_ns / 2 {
+            let gap_ns = (threshold_ns / LOOKS_PER_THRESHOLD).clamp(*LOOK_EVERY_NS.start(), *LOOK_EVERY_NS.end());
+            // A step that begins now is old after half a threshold.
+            let age = if clock.in_tick() { age } else { 0 };
+            next_in_ns = next_in_ns.min((threshold_ns / 2).saturating_sub(age).max(gap_ns));
+            if age < threshold_ns / 2 {
                 continue;
             }
             if known.step.seq != clock.step_seq {
@@ -258,30 +270,19 @@ impl Live {
                 })));
             }
         }
+        next_in_ns
     }
 
-    /// Takes the same capture as the kernel would, of a thread that sleeps.
+    /// What a thread that sleeps was doing when it went to sleep.
     fn look(&mut self, tid: Tid, clock: &LoopClock) -> Option<Box<CaptureRecord>> {
-        let known = self.loops.get(&tid)?;
-        let (pid, thread) = (known.info.pid, known.python);
-        let python = self.targets.get(&pid)?.python.as_ref();
-        let (number, arg0) = process::current_syscall(pid, tid)?;
+        let mut record = match self.kernel.last_capture(tid) {
+            // Before it is pending it may be half written.
+            Some(record) if clock.capture_pending != 0 && record.at_ns == clock.wait_start_ns => record,
+            // It slept already when it began to be watched.
+            _ => self.unwalked_capture(tid)?,
+        };
+        let is_whole = record.walk == WalkStatus::Complete as u32 || self.walk_from_here(tid, &mut record)?;
         let now = process::monotonic_ns();
-        let mut record = empty_capture();
-        let mut whole = true;
-        if let (Some(thread), Some(python)) = (thread, python) {
-            let mut scratch = Scratch::default();
-            let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
-            let _glance = memory.glance();
-            walk_frames(memory, &layout, thread.walked(), &mut scratch, &mut record);
-            snapshot_request(memory, &layout, &mut scratch, &mut record.request);
-            whole = record.walk == WalkStatus::Complete as u32;
-        }
-        record.header.tgid = pid;
-        record.header.tid = tid;
-        record.cause = CaptureCause::Wait as u32;
-        record.syscall = number as i32;
-        record.arg0 = arg0;
         record.at_ns = now;
         record.until_ns = now;
         record.step_seq = clock.step_seq;
@@ -291,11 +292,39 @@ impl Live {
         record.off_cpu = clock.off_cpu();
         // Still the same wait: nothing of what was read can have changed meanwhile.
         let after = self.kernel.clock(tid)?;
-        let same = after.step_seq == clock.step_seq
+        let is_same = after.step_seq == clock.step_seq
             && after.is_waiting()
             && after.wait_start_ns == clock.wait_start_ns
-            && whole;
-        same.then_some(record)
+            && is_whole;
+        is_same.then_some(record)
+    }
+
+    /// Of a wait that the kernel programs did not see begin: what the system says of it.
+    fn unwalked_capture(&self, tid: Tid) -> Option<Box<CaptureRecord>> {
+        let pid = self.loops.get(&tid)?.info.pid;
+        let (number, arg0) = process::current_syscall(pid, tid)?;
+        let mut record = empty_capture();
+        record.header.tgid = pid;
+        record.header.tid = tid;
+        record.cause = CaptureCause::Wait as u32;
+        record.syscall = number as i32;
+        record.arg0 = arg0;
+        Some(record)
+    }
+
+    /// Walks the frames of a thread that sleeps, as the kernel programs do: those can't where memory is not resident.
+    /// Returns whether all of them were read; where there is no interpreter, there are none.
+    fn walk_from_here(&self, tid: Tid, record: &mut CaptureRecord) -> Option<bool> {
+        let known = self.loops.get(&tid)?;
+        let (Some(thread), Some(python)) = (known.python, self.targets.get(&known.info.pid)?.python.as_ref()) else {
+            return Some(true);
+        };
+        let mut scratch = Scratch::default();
+        let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
+        let _glance = memory.glance();
+        walk_frames(memory, &layout, thread.walked(), &mut scratch, record);
+        snapshot_request(memory, &layout, &mut scratch, &mut record.request);
+        Some(record.walk == WalkStatus::Complete as u32)
     }
 }
 

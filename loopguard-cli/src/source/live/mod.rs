@@ -221,12 +221,9 @@ impl Live {
         Ok(live)
     }
 
-    /// Waits until records are there.
+    /// Waits until a record is there that is better not left to the next [`watch`](Self::watch).
     pub async fn readable(&self) -> Result<()> {
-        tokio::select! {
-            ready = self.records.readable() => ready.context("wait for records")?.clear_ready(),
-            () = self.naming.readable() => {}
-        }
+        self.records.readable().await.context("wait for records")?.clear_ready();
         Ok(())
     }
 

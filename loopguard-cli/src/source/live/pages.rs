@@ -6,7 +6,7 @@ use std::{
 };
 
 use aya::maps::{MapData, RingBuf};
-use loopguard_common::records::{CaptureRecord, MAX_STACK_PAGES, REGISTER_IP, REGISTER_SP, STACK_PAGE, StackPage};
+use loopguard_common::records::{CaptureRecord, MAX_STACK_PAGES, REGISTER_SP, STACK_PAGE, StackPage};
 
 use super::{
     Live,
@@ -14,14 +14,8 @@ use super::{
 };
 use crate::{
     core::event::{Capture, Event, Frame, FrameKind, Origin, Tid},
-    runtime::{
-        cpython::incomplete,
-        memory::{ProcessMemory, TargetMemory as _},
-    },
-    source::{
-        decode::{Record, decode},
-        process,
-    },
+    runtime::{cpython::incomplete, memory::ProcessMemory},
+    source::decode::{Record, decode},
     symbol::{RawStack, naming::Seen, unwind::StackCopy},
 };
 
@@ -100,24 +94,19 @@ impl Live {
     /// Copies the stack of a thread that sleeps, from here.
     pub(super) fn copy_stack(&self, record: &CaptureRecord) -> Option<StackCopy> {
         let (pid, tid) = (record.header.tgid, record.header.tid);
-        let at = process::user_registers(pid, tid)?;
-        let start = at.sp & !(STACK_PAGE as u64 - 1);
-        let mut bytes = Vec::new();
-        let memory = ProcessMemory { pid };
-        while bytes.len() < self.options.stack_size.most() {
-            let Ok(page) = memory.bytes(start + bytes.len() as u64, STACK_PAGE) else { break };
-            bytes.extend_from_slice(&page);
-        }
-        // The system tells two of them only; the kernel programs saw all when it went to sleep.
-        let registers = self.kernel.registers(tid)?;
-        if registers[REGISTER_IP] != at.ip || registers[REGISTER_SP] != at.sp {
+        let sp = record.registers[REGISTER_SP];
+        if sp == 0 {
+            // Nobody saw it go to sleep, and the system tells two registers only.
             return None;
         }
-        let registers = registers.map(Some);
+        let start = sp & !(STACK_PAGE as u64 - 1);
+        let mut bytes =
+            ProcessMemory { pid }.bytes_up_to(start, self.options.stack_size.most().next_multiple_of(STACK_PAGE));
+        bytes.truncate(bytes.len() / STACK_PAGE * STACK_PAGE);
         // Nothing of it has changed meanwhile if the thread still sleeps in the same wait.
         let after = self.kernel.clock(tid)?;
         let same = after.step_seq == record.step_seq && after.is_waiting() && after.wait_start_ns <= record.at_ns;
-        (same && !bytes.is_empty()).then_some(StackCopy { registers, start, bytes })
+        (same && !bytes.is_empty()).then_some(StackCopy { registers: record.registers.map(Some), start, bytes })
     }
 
     pub(super) fn pass_events(&mut self, events: &mut Vec<Event>) {
