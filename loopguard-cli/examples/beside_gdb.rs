@@ -58,7 +58,9 @@ fn send(pid: u32, signal: i32) -> Result<()> {
 
 fn compare(pid: u32, script: &std::path::Path, stacks: &mut Stacks) -> Result<serde_json::Value> {
     let output = Command::new("gdb")
-        .args(["-nx", "-batch", "-p", &pid.to_string(), "-ex", "set backtrace past-main on"])
+        // The process may have a root of its own, and gdb looks for its libraries under gdb's.
+        .args(["-nx", "-batch", "-iex", &format!("set sysroot /proc/{pid}/root")])
+        .args([&format!("/proc/{pid}/exe"), "-p", &pid.to_string(), "-ex", "set backtrace past-main on"])
         .args(["-ex", "set backtrace past-entry on", "-ex", &format!("source {}", script.display())])
         .output()
         .context("run gdb")?;
