@@ -62,8 +62,10 @@ pub struct Scratch {
     words: [u64; 16],
     /// The scope whose request was copied before, if that copy is still the current step's; else 0.
     pub known_scope: u64,
-    /// Where it stood: how many locals from the outermost frame's first one, itself counted.
-    known_scope_depth: u64,
+    /// The local that led to it, which may be a cell, and where it stood: how many locals from the outermost frame's first
+    /// one, itself counted.
+    known_local: u64,
+    known_local_depth: u64,
     /// How many locals the last walk saw, and how many of them were not looked at yet: the first ones.
     locals_count: u64,
     locals_left: u64,
@@ -87,7 +89,8 @@ impl Default for Scratch {
         Self {
             words: [0; 16],
             known_scope: 0,
-            known_scope_depth: 0,
+            known_local: 0,
+            known_local_depth: 0,
             locals_count: 0,
             locals_left: 0,
             last_dict: 0,
@@ -334,15 +337,14 @@ pub fn snapshot_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut 
     let locals_count = read_back(&scratch.locals_count);
     if scratch.known_scope != 0 && out.route != 0 {
         // Nearly always: the same scope as before, in the same place.
-        let at = locals_count.wrapping_sub(scratch.known_scope_depth);
+        let at = locals_count.wrapping_sub(scratch.known_local_depth);
         let local = scratch.locals[(at & (MAX_LOCALS as u64 - 1)) as usize];
-        if at < locals_count && local & !3 == scratch.known_scope {
+        if at < locals_count && local == scratch.known_local {
             return;
         }
     }
     scratch.locals_left = locals_count;
     let outermost = next_dict(memory, layout, scratch);
-    scratch.known_scope_depth = locals_count.wrapping_sub(scratch.locals_left);
     if outermost != 0 && outermost == scratch.known_scope && out.route != 0 {
         return;
     }
@@ -383,6 +385,9 @@ fn snapshot_dicts<M: Memory>(
             if out.scope == 0 {
                 out.scope = dict;
                 scratch.request = scratch.fields;
+                let at = scratch.locals_left;
+                scratch.known_local = scratch.locals[(at & (MAX_LOCALS as u64 - 1)) as usize];
+                scratch.known_local_depth = scratch.locals_count.wrapping_sub(at);
             }
             out.route = scratch.fields.route;
         }
@@ -576,5 +581,107 @@ fn copy_object<M: Memory, const N: usize>(memory: &M, object: u64, to: &mut [u8;
     if object != 0 && in_page < N as u64 {
         // SAFETY: less than N bytes.
         unsafe { memory.read_raw(object, to.as_mut_ptr(), in_page as usize) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use core::cell::Cell;
+    use std::collections::BTreeMap;
+    use std::vec::Vec;
+
+    use super::*;
+
+    const DICT_TYPE: u64 = 0x1000_0000;
+    const CELL_TYPE: u64 = 0x2000_0000;
+    const SCOPE: u64 = 0x10_0000;
+    const OTHER: u64 = 0x20_0000;
+    const CELL: u64 = 0x30_0000;
+
+    /// Words by address; others are 0. Counts what is read.
+    #[derive(Default)]
+    struct Words {
+        words: BTreeMap<u64, u64>,
+        reads: Cell<usize>,
+    }
+
+    impl Memory for Words {
+        unsafe fn read_raw(&self, address: u64, to: *mut u8, length: usize) -> bool {
+            self.reads.set(self.reads.get() + 1);
+            let word = |at: u64| self.words.get(&(at & !7)).map_or(0, |word| word >> ((at & 7) * 8));
+            for at in 0..length {
+                // SAFETY: within what the caller promised.
+                unsafe { *to.add(at) = word(address + at as u64) as u8 };
+            }
+            true
+        }
+    }
+
+    impl Words {
+        fn put(&mut self, address: u64, words: &[u64]) {
+            self.words.extend(words.iter().enumerate().map(|(n, word)| (address + 8 * n as u64, *word)));
+        }
+
+        fn string(&mut self, at: u64, text: &[u8]) -> u64 {
+            self.put(at + 16, &[text.len() as u64]);
+            self.put(at + 40, &[key(text)]);
+            at
+        }
+
+        fn dict(&mut self, at: u64, entries: &[(&[u8], u64)]) {
+            let keys = at + 0x1000;
+            self.put(at + 8, &[DICT_TYPE]);
+            self.put(at + 32, &[keys]);
+            // Eight bytes of index, keys that are all strings.
+            self.put(keys, &[1, 3 << 8 | 1 << 16, 0, entries.len() as u64]);
+            for (n, (name, value)) in entries.iter().enumerate() {
+                let name = self.string(at + 0x2000 + 0x100 * n as u64, name);
+                self.put(keys + 40 + 16 * n as u64, &[name, *value]);
+            }
+        }
+    }
+
+    /// Every wait is looked at: what was copied in the same step already must cost no more reads, also behind a cell
+    /// and below dicts that are no scopes.
+    #[test]
+    fn a_request_that_is_known_is_not_read_again() {
+        let layout = PyLayout {
+            dict_type: DICT_TYPE,
+            cell_type: CELL_TYPE,
+            ob_type: 8,
+            cell_ref: 16,
+            dict_keys: 32,
+            str_length: 16,
+            str_ascii_data: 40,
+            var_size: 16,
+            list_items: 24,
+            ..PyLayout::default()
+        };
+        let mut memory = Words::default();
+        let http = memory.string(0x40_0000, b"http");
+        memory.dict(OTHER, &[(b"type", http)]);
+        memory.dict(SCOPE, &[(b"type", http), (b"path", 0x41_0000), (b"headers", 0x42_0000), (b"route", 0x43_0000)]);
+        memory.put(CELL + 8, &[CELL_TYPE, SCOPE]);
+        let mut scratch = Scratch::default();
+        // SAFETY: integers only.
+        let mut out: RequestSnapshot = unsafe { core::mem::zeroed() };
+        let mut snapshot = |known_scope: u64, locals: &[u64]| {
+            scratch.locals[..locals.len()].copy_from_slice(locals);
+            scratch.locals_count = locals.len() as u64;
+            scratch.last_dict = 0;
+            scratch.known_scope = known_scope;
+            memory.reads.set(0);
+            snapshot_request(&memory, &layout, &mut scratch, &mut out);
+            (memory.reads.get(), out.scope)
+        };
+        let locals: Vec<u64> = [0, 0, 0, CELL, OTHER, 0].into();
+        let (reads, scope) = snapshot(0, &locals);
+        assert!(reads > 0 && scope == SCOPE);
+        assert_eq!(snapshot(SCOPE, &locals), (0, SCOPE));
+        // One call deeper.
+        assert_eq!(snapshot(SCOPE, &[&[7, 7], &locals[..]].concat()), (0, SCOPE));
+        // In another step it may be another request, and elsewhere it is one.
+        assert!(snapshot(0, &locals).0 > 0);
+        assert_eq!(snapshot(SCOPE, &[0, 0, 0, 0, OTHER, 0]).1, 0);
     }
 }
