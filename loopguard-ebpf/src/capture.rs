@@ -177,9 +177,8 @@ pub fn on_sample(_ctx: PerfEventContext) -> u32 {
     0
 }
 
-/// Captures the current thread on the CPU, if its step is old and was not looked at lately.
 #[inline(always)]
-pub fn sample(target: &mut Watched, now: u64) {
+fn sample(target: &mut Watched, now: u64) {
     if !target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
         return;
     }

@@ -6,11 +6,11 @@ use aya_ebpf::{
 };
 use loopguard_common::{
     clock::SwitchOut,
-    records::{CaptureCause, REGISTER_SP, THREAD_PARKS, THREAD_PARKS_ON_FUTEX, THREAD_TOKIO},
+    records::{CaptureCause, REGISTER_SP, SYSCALL_NONE, THREAD_PARKS, THREAD_PARKS_ON_FUTEX, THREAD_TOKIO},
 };
 
 use crate::{
-    capture::{self, current_syscall, pace},
+    capture::{self, InSyscall, current_syscall, pace},
     maps::{Watched, capture_buffer, watched},
     request, send, stack, task,
 };
@@ -88,9 +88,14 @@ fn switched_out(mut target: Watched, preempted: bool) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     if preempted {
-        // The sampling clock counts time on the CPU: a step that is kept from it meets few of its samples.
-        capture::sample(&mut target, now);
         target.clock.switch_out(now, SwitchOut::Preempted);
+        // The sampling clock counts time on the CPU: a step that is kept from it meets few of its samples. Healthy steps
+        // are over long before they are this old.
+        let pace = pace(target.thread, target.clock, now);
+        if target.clock.in_tick() && now - target.clock.step_start_ns >= pace.age_ns / 8 {
+            leave_capture(&mut target, now, CaptureCause::Sample, &InSyscall { number: SYSCALL_NONE, arg0: 0 });
+            target.clock.capture_pending = 1;
+        }
         return;
     }
     let call = current_syscall();
@@ -116,22 +121,28 @@ fn switched_out(mut target: Watched, preempted: bool) {
     {
         return;
     }
-    let Some(buffer) = capture_buffer(target.slot) else { return };
     let gil = futex && (target.thread.gil[0].contains(call.arg0) || target.thread.gil[1].contains(call.arg0));
     target.clock.switch_out(now, SwitchOut::Waits { syscall: call.number, arg0: call.arg0, gil });
-    buffer.record.cause = CaptureCause::Wait as u32;
-    buffer.record.syscall = call.number;
-    buffer.record.arg0 = call.arg0;
-    capture::capture_take(target.slot, now);
+    leave_capture(&mut target, now, CaptureCause::Wait, &call);
     if futex {
         capture::capture_futex(target.slot, call.arg0, u32::from(gil));
     }
+    target.clock.capture_pending = 1;
+}
+
+/// Captures where the thread leaves the CPU. Whether that is worth sending shows when it is back.
+#[inline(always)]
+fn leave_capture(target: &mut Watched, now: u64, cause: CaptureCause, call: &InSyscall) {
+    let Some(buffer) = capture_buffer(target.slot) else { return };
+    buffer.record.cause = cause as u32;
+    buffer.record.syscall = call.number;
+    buffer.record.arg0 = call.arg0;
+    capture::capture_take(target.slot, now);
     buffer.record.stack_pages = 0;
     // In an old step the wait need not be long to be worth a capture.
     if target.clock.stack_due(now) || target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
         stack::stack_copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
     }
-    target.clock.capture_pending = 1;
 }
 
 /// `sched_waking(struct task_struct *p)`: the current thread wakes it.
