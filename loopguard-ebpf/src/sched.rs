@@ -93,7 +93,9 @@ fn switched_out(mut target: Watched, preempted: bool) {
         // are over long before they are this old.
         let pace = pace(target.thread, target.clock, now);
         if target.clock.in_tick() && now - target.clock.step_start_ns >= pace.age_ns / 8 {
-            leave_capture(&mut target, now, CaptureCause::Sample, &InSyscall { number: SYSCALL_NONE, arg0: 0 });
+            let in_none = InSyscall { number: SYSCALL_NONE, arg0: 0 };
+            // Its stack too, without that counting: the wait that may follow has its own.
+            leave_capture(&mut target, now, CaptureCause::Sample, &in_none, |_| true);
             target.clock.capture_pending = 1;
         }
         return;
@@ -123,7 +125,11 @@ fn switched_out(mut target: Watched, preempted: bool) {
     }
     let gil = futex && (target.thread.gil[0].contains(call.arg0) || target.thread.gil[1].contains(call.arg0));
     target.clock.switch_out(now, SwitchOut::Waits { syscall: call.number, arg0: call.arg0, gil });
-    leave_capture(&mut target, now, CaptureCause::Wait, &call);
+    // In an old step the wait need not be long to be worth a capture.
+    let is_stack_due = |target: &mut Watched| {
+        target.clock.stack_due(now) || target.clock.capture_due(now, pace(target.thread, target.clock, now))
+    };
+    leave_capture(&mut target, now, CaptureCause::Wait, &call, is_stack_due);
     if futex {
         capture::capture_futex(target.slot, call.arg0, u32::from(gil));
     }
@@ -132,15 +138,20 @@ fn switched_out(mut target: Watched, preempted: bool) {
 
 /// Captures where the thread leaves the CPU. Whether that is worth sending shows when it is back.
 #[inline(always)]
-fn leave_capture(target: &mut Watched, now: u64, cause: CaptureCause, call: &InSyscall) {
+fn leave_capture(
+    target: &mut Watched,
+    now: u64,
+    cause: CaptureCause,
+    call: &InSyscall,
+    is_stack_due: impl Fn(&mut Watched) -> bool,
+) {
     let Some(buffer) = capture_buffer(target.slot) else { return };
     buffer.record.cause = cause as u32;
     buffer.record.syscall = call.number;
     buffer.record.arg0 = call.arg0;
     capture::capture_take(target.slot, now);
     buffer.record.stack_pages = 0;
-    // In an old step the wait need not be long to be worth a capture.
-    if target.clock.stack_due(now) || target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
+    if is_stack_due(target) {
         stack::stack_copy(target.slot, target.thread.tid, now, buffer.record.registers[REGISTER_SP]);
     }
 }
