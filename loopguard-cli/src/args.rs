@@ -493,6 +493,11 @@ mod tests {
               --sample-every <TIME>
                   How far apart looks into a step on the CPU are, 1ms to 1s [default: a 16th of the threshold, 1ms to 5ms]
 
+              --budget <PERCENT>
+                  What watching may cost, of the CPU time of what is watched: beyond it, looks are fewer
+
+                  [default: 2%]
+
         Monitoring:
               --prometheus <ADDRESS>
                   Serve metrics for Prometheus at http://ADDRESS/metrics, like 127.0.0.1:9464

@@ -153,6 +153,9 @@ async fn follow(
         Some(held) => [held.pid].into(),
         None => selection(arguments).find()?,
     };
+    if let Some(address) = arguments.monitoring.prometheus.filter(|address| !address.ip().is_loopback()) {
+        outputs.main.say(&format!("--prometheus: {address} can be reached from other machines, without a password"));
+    }
     let mut live = Live::attach(&pids, options)?;
     let mut newcomers = Newcomers::of(&selection(arguments));
     outputs.main.begin()?;
@@ -271,6 +274,8 @@ fn options_of(arguments: &args::Attach, settings: &Settings) -> Options {
         cumulative: settings.cumulative,
         capture_after_ns: ns(arguments.detection.capture_after),
         sample_every_ns: ns(arguments.detection.sample_every),
+        slowdown: 1,
+        budget: arguments.detection.budget,
         steps: match arguments.steps {
             args::Steps::Auto => Steps::Auto,
             args::Steps::Off => Steps::Off,

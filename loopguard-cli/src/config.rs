@@ -437,6 +437,7 @@ mod tests {
             "cumulative-floor" => "3ms",
             "capture-after" => "9ms",
             "sample-every" => "4ms",
+            "budget" => "3%",
             "label-cap" => "50",
             "container" => "0123456789ab",
             "stack-size" => "16KiB",

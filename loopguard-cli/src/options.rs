@@ -67,6 +67,10 @@ pub struct Detection {
     /// How far apart looks into a step on the CPU are, 1ms to 1s [default: a 16th of the threshold, 1ms to 5ms]
     #[arg(long, value_name = "TIME", value_parser = sample_every)]
     pub sample_every: Option<Duration>,
+
+    /// What watching may cost, of the CPU time of what is watched: beyond it, looks are fewer
+    #[arg(long, value_name = "PERCENT", default_value = "2%", value_parser = budget)]
+    pub budget: f64,
 }
 
 /// Where what is found goes, besides the output itself.
@@ -231,6 +235,11 @@ fn number(text: &str, range: std::ops::RangeInclusive<f64>) -> Result<f64, Strin
         Ok(number) if range.contains(&number) => Ok(number),
         _ => Err(format!("it is a number from {least} to {most}")),
     }
+}
+
+/// As a part of one.
+fn budget(text: &str) -> Result<f64, String> {
+    Ok(number(text.strip_suffix('%').unwrap_or(text), 0.1..=100.0)? / 100.0)
 }
 
 fn percentile(text: &str) -> Result<f64, String> {

@@ -398,3 +398,85 @@ fn a_server_is_found_by_its_name_also_when_it_starts_again() {
     }
     fs::remove_file(&program).unwrap();
 }
+
+/// loopguards that are killed in the middle of whatever they do; 200 of them by LOOPGUARD_CYCLES=200.
+const CYCLES: u32 = 12;
+
+#[test]
+fn a_loopguard_that_is_killed_at_any_moment_leaves_nothing() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next_back() else { return };
+    let cycles = std::env::var("LOOPGUARD_CYCLES").map_or(CYCLES, |count| count.parse().unwrap());
+    let mut server = Workers::gunicorn(&python, 2);
+    server.wait_until_up();
+    server.wait_for_workers(2);
+    let before = kernel_objects();
+    let (served, failed) = (AtomicU32::new(0), AtomicU32::new(0));
+    let over = AtomicBool::new(false);
+    let serve = || {
+        while !over.load(Ordering::Relaxed) {
+            let path =
+                if served.fetch_add(1, Ordering::Relaxed).is_multiple_of(16) { "/block/cpu/55" } else { "/fine/x" };
+            if !server.get(path, "load") {
+                failed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    };
+    let throughput = |time: Duration| {
+        let before = served.load(Ordering::Relaxed);
+        thread::sleep(time);
+        f64::from(served.load(Ordering::Relaxed) - before) / time.as_secs_f64()
+    };
+    let (first, last) = thread::scope(|scope| {
+        (0..2).for_each(|_| drop(scope.spawn(serve)));
+        let first = throughput(Duration::from_secs(3));
+        // Any moment: while it loads, attaches, watches, and while it lets go.
+        let mut random = 0x9e37_79b9_u32;
+        for cycle in 0..cycles {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let watching = Watching::begin(server.pid(), &["--threshold", "50ms"]);
+            thread::sleep(Duration::from_millis(u64::from(random >> 16) % 700));
+            if cycle % 4 == 0 {
+                signal(watching.pid(), libc::SIGINT);
+                thread::sleep(Duration::from_millis(u64::from(random >> 8) % 60));
+            }
+            watching.kill();
+        }
+        // What hung on the last one's descriptors goes a little later than it.
+        let started = Instant::now();
+        while kernel_objects() != before && started.elapsed() < PATIENCE {
+            thread::sleep(Duration::from_millis(50));
+        }
+        let last = throughput(Duration::from_secs(3));
+        over.store(true, Ordering::Relaxed);
+        (first, last)
+    });
+    let served = served.into_inner();
+    println!("{cycles} cycles, {served} requests; {first:.0} a second before, {last:.0} after");
+    assert_eq!(failed.into_inner(), 0, "of {served} requests");
+    assert_eq!(kernel_objects(), before, "BPF programs, maps and links");
+    // A probe left behind would cost every step: a third is more than a busy machine's noise over seconds.
+    assert!(last > first * 0.66, "{first} requests a second before, {last} after");
+}
+
+/// How many BPF programs, maps and links the kernel has.
+fn kernel_objects() -> [usize; 3] {
+    // linux/bpf.h: BPF_PROG_GET_NEXT_ID, BPF_MAP_GET_NEXT_ID and BPF_LINK_GET_NEXT_ID; the attribute is the id to start
+    // behind, the next id, and flags.
+    [11, 12, 31].map(|command: libc::c_int| {
+        let (mut ids, mut attribute) = (0, [0u32; 3]);
+        loop {
+            // SAFETY: the call writes the second word of an attribute of this size.
+            let result =
+                unsafe { libc::syscall(libc::SYS_bpf, command, attribute.as_mut_ptr(), size_of_val(&attribute)) };
+            if result != 0 {
+                return ids;
+            }
+            ids += 1;
+            attribute[0] = attribute[1];
+        }
+    })
+}

@@ -14,7 +14,7 @@ use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData, PerCpuArray, Queue, RingBuf},
     programs::{
-        BtfTracePoint, PerfEvent, Program, ProgramError, TracePoint, UProbe,
+        BtfTracePoint, PerfEvent, Program, ProgramError, ProgramInfo, TracePoint, UProbe,
         perf_event::{PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
         uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLinkId, UProbeScope},
     },
@@ -33,7 +33,10 @@ use loopguard_common::{
 
 use polls::PollProbes;
 
-use super::features::{Features, SwitchShape};
+use super::{
+    features::{Features, SwitchShape},
+    target,
+};
 use crate::{
     core::event::Tid,
     runtime::{cpython::StepProbe, probe_site::ProbeSite, usdt::RequestProbe},
@@ -45,6 +48,9 @@ use requests::RequestMaps;
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without the BPF toolchain.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("LOOPGUARD_BPF_OBJECT"));
 
+/// A uprobe's way into the kernel and back, which the kernel's statistics leave out: an empty program took 450 to 500 ns
+/// on Linux 6.18.
+const TRAP_NS: u64 = 450;
 /// Only for an id that has no entry yet (linux/bpf.h).
 const BPF_NOEXIST: u64 = 1;
 
@@ -94,7 +100,7 @@ impl log::Log for ToStandardError {
 
 impl Pace {
     /// How far apart captures of one step are at least.
-    fn gap_ns(self) -> u64 {
+    pub fn gap_ns(self) -> u64 {
         // A short step that counts meets it once.
         let by_floor = (self.short.floor_ns / 2).max(1_000_000);
         self.sample_every_ns.unwrap_or((self.threshold_ns / 16).clamp(1_000_000, 5_000_000).min(by_floor))
@@ -197,7 +203,8 @@ impl Kernel {
         if OBJECT.is_empty() {
             bail!("this loopguard was built without its kernel programs; build it again after `cargo xtask setup`");
         }
-        private_tracefs().context("tracepoints need tracefs at /sys/kernel/tracing")?;
+        tracefs()?;
+        target::drop_privileges().context("give up privileges that are not needed")?;
         let features = Features::of_this_kernel()?;
         features.check()?;
         let task_offset = |offset: Option<u32>, field: &str| {
@@ -264,10 +271,7 @@ impl Kernel {
         for slot in 0..MAX_THREADS {
             kernel.free_slots.push(slot, 0)?;
         }
-        let mut new_thread = LoopThread::default();
-        pace.fill_in(&mut new_thread);
-        Array::<_, LoopThread>::try_from(kernel.bpf.map_mut("NEW_THREAD").context("the kernel object has no map")?)?
-            .set(0, new_thread, 0)?;
+        kernel.set_pace(pace)?;
         kernel.attach_everywhere(&btf, switch).map_err(explain)?;
         Ok((kernel, rings))
     }
@@ -557,10 +561,24 @@ impl Kernel {
         }
     }
 
+    /// What threads begin with that are watched from here on.
+    pub fn set_pace(&mut self, pace: Pace) -> Result<()> {
+        self.pace = pace;
+        let mut new_thread = LoopThread::default();
+        pace.fill_in(&mut new_thread);
+        Array::<_, LoopThread>::try_from(self.bpf.map_mut("NEW_THREAD").context("the kernel object has no map")?)?
+            .set(0, new_thread, 0)?;
+        Ok(())
+    }
+
     /// CPU time of all programs while the kernel's statistics were on (see [`measure_run_time`]).
     pub fn run_time(&self) -> Duration {
-        let infos = self.bpf.programs().filter_map(|(_, program)| program.info().ok());
-        infos.map(|info| info.run_time()).chain(self.poll_figures().map(|(_, run_time, _)| run_time)).sum()
+        let infos = self.bpf.programs().filter_map(|(_, program)| Some((program, program.info().ok()?)));
+        let with_trap = |(program, info): (&Program, ProgramInfo)| {
+            let traps = if matches!(program, Program::UProbe(_)) { info.run_count() } else { 0 };
+            info.run_time() + Duration::from_nanos(traps.saturating_mul(TRAP_NS))
+        };
+        infos.map(with_trap).chain(self.poll_figures().map(|(_, run_time, _)| run_time)).sum()
     }
 
     fn mark(&mut self, id: u32, watch: bool) -> Result<()> {
@@ -638,6 +656,30 @@ pub fn try_load() -> Result<Option<(String, u32)>> {
         .filter_map(|(name, program)| Some((name.to_owned(), program.info().ok()?.verified_instruction_count()?)))
         .chain(kernel.poll_figures().map(|(name, _, instructions)| (name.to_owned(), instructions)));
     Ok(verified.max_by_key(|(_, instructions)| *instructions))
+}
+
+/// Sees to it that there is a tracefs that can be read, or says what to do.
+fn tracefs() -> Result<()> {
+    let events = Path::new(TRACEFS).join("events");
+    let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    match fs::read_dir(&events) {
+        Ok(_) => return Ok(()),
+        Err(error) if denied(&error) => bail!(
+            "not permitted: without CAP_DAC_READ_SEARCH {TRACEFS} cannot be read; give it that, or mount tracefs with a \
+             group of loopguard's: mount -o remount,gid=GROUP,mode=0750 {TRACEFS}"
+        ),
+        Err(_) => {}
+    }
+    private_tracefs().map_err(|error| {
+        if denied(&error) {
+            anyhow::anyhow!(
+                "not permitted: without CAP_SYS_ADMIN tracefs cannot be mounted; mount it before, as root: \
+                 mount -t tracefs nodev {TRACEFS}"
+            )
+        } else {
+            anyhow::Error::from(error).context("tracepoints need tracefs at /sys/kernel/tracing")
+        }
+    })
 }
 
 /// Where tracefs is not mounted, mounts it in a mount namespace of our own: nothing is left behind.

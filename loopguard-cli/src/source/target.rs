@@ -55,24 +55,81 @@ fn check_architecture(pid: u32, (class, machine): (u8, u16)) -> Result<()> {
     Ok(())
 }
 
-/// capabilities(7): what attaching needs, besides being root.
-const NEEDED: [(u32, &str); 3] = [(39, "CAP_BPF"), (38, "CAP_PERFMON"), (19, "CAP_SYS_PTRACE")];
+/// A capability (capabilities(7)) that is needed, besides being root, and what for.
+struct Needed {
+    bit: u32,
+    name: &'static str,
+    /// What cannot be done without it.
+    missing: &'static str,
+}
+
+const NEEDED: [Needed; 3] = [
+    Needed { bit: 39, name: "CAP_BPF", missing: "no kernel program can be loaded" },
+    Needed { bit: 38, name: "CAP_PERFMON", missing: "kernel programs may not watch other processes" },
+    Needed { bit: 19, name: "CAP_SYS_PTRACE", missing: "the memory of another user's process cannot be read" },
+];
+
+/// The capabilities that are kept, where they are held: those that are needed, and what makes more work. Files of targets
+/// that only their owners may read (CAP_DAC_READ_SEARCH), files that are deleted by now (CAP_CHECKPOINT_RESTORE), and
+/// loopguard's own cost in the kernel (CAP_SYS_ADMIN: the kernel measures it for nobody else).
+const KEPT: [u32; 6] = [39, 38, 19, 2, 40, 21];
+
+fn effective() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
 
 /// Each needed capability and whether this process has it.
 pub fn privileges() -> Vec<(&'static str, bool)> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .unwrap_or(0);
-    NEEDED.iter().map(|(bit, name)| (*name, effective >> bit & 1 != 0)).collect()
+    let effective = effective();
+    NEEDED.iter().map(|needed| (needed.name, effective >> needed.bit & 1 != 0)).collect()
 }
 
 pub fn check_privileges() -> Result<()> {
-    let missing: Vec<_> = privileges().into_iter().filter(|(_, held)| !held).map(|(name, _)| name).collect();
-    if !missing.is_empty() {
-        bail!("not permitted: run loopguard as root (sudo), or give it the missing {}", missing.join(", "));
+    let effective = effective();
+    let missing: Vec<_> = NEEDED.iter().filter(|needed| effective >> needed.bit & 1 == 0).collect();
+    match &missing[..] {
+        [] => Ok(()),
+        [one] => bail!("not permitted: without {} {}; give it that, or run loopguard as root", one.name, one.missing),
+        several => {
+            let names: Vec<_> = several.iter().map(|needed| needed.name).collect();
+            bail!("not permitted: run loopguard as root (sudo), or give it the missing {}", names.join(", "))
+        }
+    }
+}
+
+/// Gives up every privilege that is not needed any more, for good: of this thread and of those that it starts. Call it
+/// once tracefs is there.
+///
+/// # Errors
+/// The kernel refuses, which it never does for fewer privileges.
+pub fn drop_privileges() -> io::Result<()> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Half {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    // linux/capability.h
+    const VERSION_3: u32 = 0x2008_0522;
+    let kept = KEPT.iter().fold(0u64, |mask, bit| mask | 1 << bit) & effective();
+    let half = |bits: u64| Half { effective: bits as u32, permitted: bits as u32, inheritable: 0 };
+    let (header, sets) = (Header { version: VERSION_3, pid: 0 }, [half(kept), half(kept >> 32)]);
+    // SAFETY: both structures are as the call expects them; it only reads them.
+    if unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // What loopguard might run can gain nothing either.
+    // SAFETY: a plain system call.
+    if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }

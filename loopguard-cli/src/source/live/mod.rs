@@ -18,6 +18,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     io,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -31,6 +32,7 @@ use tokio::io::unix::AsyncFd;
 use super::{
     cost::CostMeter,
     decode::{Record, decode},
+    governor::{Change, Governor, Spent},
     kernel::{Kernel, Pace, Talk},
     process::{self, Identity},
 };
@@ -97,6 +99,10 @@ pub struct Options {
     /// How old a step must be to be looked into, and how far apart captures are; `None`: by the threshold.
     pub capture_after_ns: Option<u64>,
     pub sample_every_ns: Option<u64>,
+    /// How many times as far apart they are for now.
+    pub slowdown: u64,
+    /// Part of the targets' CPU time that watching them may cost.
+    pub budget: f64,
     /// Whether the kernel programs' own log is printed.
     pub talk: Talk,
 }
@@ -117,6 +123,10 @@ pub struct Live {
     /// Threads that are watched already, without anything being known of them but their polls.
     unintroduced: Vec<Poll>,
     cost: CostMeter,
+    governor: Governor,
+    /// CPU time of each process when it was last looked at, and of all in sum since the start.
+    cpu_of: HashMap<u32, Duration>,
+    targets_cpu: Duration,
     /// What happened and did not fit into events: for the person at the terminal.
     notices: Vec<String>,
     /// What loops that are gone had done.
@@ -180,12 +190,16 @@ impl Options {
         };
         let CumulativeSettings { window_ns, threshold_ns: cumulative_ns, .. } = self.cumulative;
         let floor_ns = self.cumulative.floor_ns(threshold_ns);
-        Pace {
+        let pace = Pace {
             threshold_ns,
             capture_age_ns: self.capture_after_ns.map_or(by_threshold_ns, |after| after.min(threshold_ns)),
             sample_every_ns: self.sample_every_ns,
             stack_pages: self.stack_size.first().div_ceil(STACK_PAGE).min(MAX_STACK_PAGES) as u32,
             short: ShortPace { floor_ns, window_ns, enough_ns: cumulative_ns / SHORT_SHARE },
+        };
+        match self.slowdown {
+            ..=1 => pace,
+            times => Pace { sample_every_ns: Some(pace.gap_ns().saturating_mul(times)), ..pace },
         }
     }
 }
@@ -210,6 +224,9 @@ impl Live {
             requests: Requests::default(),
             unintroduced: Vec::new(),
             cost: CostMeter::default(),
+            governor: Governor::new(options.budget),
+            cpu_of: HashMap::new(),
+            targets_cpu: Duration::ZERO,
             notices: Vec::new(),
             finished: Vec::new(),
             lost_when_searched: 0,
@@ -315,11 +332,59 @@ impl Live {
 
     fn reap_gone(&mut self, events: &mut Vec<Event>) {
         self.cost.turn(&self.kernel);
+        self.govern();
         self.kernel.flush_log();
         self.relax();
         self.let_go(events);
         events.push(Event::TimePassed { now_ns: process::monotonic_ns() });
         self.tend_requests();
+    }
+
+    /// Looks less closely while watching costs more than its budget.
+    fn govern(&mut self) {
+        for &pid in self.targets.keys() {
+            let Ok(process::Stat { cpu, .. }) = process::stat(pid) else { continue };
+            let before = self.cpu_of.insert(pid, cpu).unwrap_or(cpu);
+            self.targets_cpu += cpu.saturating_sub(before);
+        }
+        self.cpu_of.retain(|pid, _| self.targets.contains_key(pid));
+        let at = Duration::from_nanos(process::monotonic_ns());
+        let own = process::own_cpu() + self.cost.total();
+        let Some(Change { share, is_less }) = self.governor.turn(Spent { at, own, targets: self.targets_cpu }) else {
+            return;
+        };
+        let (budget, times) = (self.options.budget * 100.0, self.governor.slowdown());
+        let samples = if times == 1 { "as usual".to_owned() } else { format!("{times} times as far apart as usual") };
+        let steps = if self.governor.marks_steps() { "" } else { ", and steps are not marked" };
+        let why = if is_less { "over" } else { "well within" };
+        let share = share * 100.0;
+        self.notices.push(format!(
+            "watching took {share:.1} % of the CPU time of what is watched, {why} the budget of {budget} %: samples are \
+             taken {samples} now{steps}"
+        ));
+        self.options.slowdown = times;
+        self.apply_pace();
+    }
+
+    /// Gives all threads the pace that follows from the options by now.
+    fn apply_pace(&mut self) {
+        // Threads that end meanwhile don't need it.
+        let _ = self.kernel.set_pace(self.options.pace(self.options.threshold_ns));
+        for known in self.loops.values_mut() {
+            known.pace = self.options.pace(known.pace.threshold_ns);
+            let pace = known.pace;
+            let _ = self.kernel.update_thread(known.info.tid, |thread| pace.fill_in(thread));
+        }
+        let close: Vec<u32> =
+            self.targets.iter().filter(|(_, target)| target.closeness.is_close()).map(|(pid, _)| *pid).collect();
+        for pid in close {
+            self.unmark_steps(pid);
+            self.mark_polls(pid);
+            let loops = self.loops.values().filter(|known| known.info.pid == pid);
+            for tid in loops.map(|known| known.info.tid).collect::<Vec<_>>() {
+                self.watch_loop_closely(tid);
+            }
+        }
     }
 
     /// Processes that were watched in all.

@@ -77,7 +77,9 @@ impl Live {
     }
 
     pub(super) fn polls_are_marked(&self, pid: u32) -> bool {
-        self.options.steps == Steps::Auto && self.targets.get(&pid).is_some_and(|target| target.tokio.is_some())
+        self.options.steps == Steps::Auto
+            && self.governor.marks_steps()
+            && self.targets.get(&pid).is_some_and(|target| target.tokio.is_some())
     }
 
     /// Places the probes on a process's polls.

@@ -103,7 +103,8 @@ impl Live {
         if let Err(error) = self.kernel.sample(tid, Sampling::Close) {
             self.notices.push(format!("thread {tid} is not sampled closely ({error:#})"));
         }
-        let Some(StepMark { which, site, flags }) = known.marks.clone() else {
+        let marks = known.marks.clone().filter(|_| self.governor.marks_steps());
+        let Some(StepMark { which, site, flags }) = marks else {
             let _ = self.kernel.update_thread(tid, |thread| thread.flags |= THREAD_TELLS_SHORT);
             self.mark_polls_of_thread(tid);
             return;
@@ -122,21 +123,22 @@ impl Live {
     /// Steps back from processes in which nothing was late for a while.
     pub(super) fn relax(&mut self) {
         let now = process::monotonic_ns();
-        let mut relaxed = Vec::new();
-        for (&pid, target) in &mut self.targets {
-            if !target.closeness.is_over(now) {
-                continue;
-            }
+        let over = self.targets.iter_mut().filter_map(|(pid, target)| target.closeness.is_over(now).then_some(*pid));
+        for pid in over.collect::<Vec<_>>() {
+            self.unmark_steps(pid);
             for known in self.loops.values().filter(|known| known.info.pid == pid) {
-                let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags &= !THREAD_CLOSE);
                 let _ = self.kernel.sample(known.info.tid, Sampling::Watchful);
             }
-            self.kernel.detach_steps(pid);
-            relaxed.push(pid);
         }
-        for pid in relaxed {
-            self.unmark_polls(pid);
+    }
+
+    /// Takes away what marks the steps of a process's loops.
+    pub(super) fn unmark_steps(&mut self, pid: u32) {
+        for known in self.loops.values().filter(|known| known.info.pid == pid) {
+            let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags &= !THREAD_CLOSE);
         }
+        self.kernel.detach_steps(pid);
+        self.unmark_polls(pid);
     }
 }
 
