@@ -59,6 +59,7 @@ pub fn run(arguments: &args::Attach) -> Result<Outcome> {
     if selection(arguments) == Selection::default() {
         bail!("say which process to watch: --pid, --name, --cgroup or --container");
     }
+    target::check_privileges()?;
     for &pid in &arguments.pids {
         target::check(pid)?;
     }

@@ -57,7 +57,8 @@ fn the_documented_capabilities_suffice_and_each_missing_one_is_named() {
         return;
     }
     let Some(python) = pythons().into_iter().next_back() else { return };
-    let server = Server::start(&Setup { python: &python, server: "uvicorn", event_loop: "asyncio", environment: &[] });
+    let server =
+        Server::start(&Setup { python: &python, server: "uvicorn-httptools", event_loop: "asyncio", environment: &[] });
     let program = Program::new();
 
     let output = std::thread::scope(|scope| {
