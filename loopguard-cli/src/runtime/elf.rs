@@ -12,6 +12,8 @@ use object::elf::{self, FileHeader64, Sym64};
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, Sym};
 use object::read::{ReadCache, ReadRef};
 
+use super::target_file;
+
 /// The largest symbol or string table that is read.
 const MAX_TABLE: u64 = 64 << 20;
 const MAX_SECTIONS: usize = 4096;
@@ -341,7 +343,7 @@ fn open_mapped(pid: u32, mapping: &Mapping) -> io::Result<(File, PathBuf)> {
         return Ok((file, by_map));
     }
     let by_root = PathBuf::from(format!("/proc/{pid}/root{}", mapping.path));
-    let opened = File::open(&by_root).map(|file| (file, by_root));
+    let opened = target_file::open(pid, &mapping.path).map(|file| (file, by_root));
     let by_exe = PathBuf::from(format!("/proc/{pid}/exe"));
     match opened {
         Err(_) if std::fs::read_link(&by_exe).is_ok_and(|exe| exe == Path::new(&mapping.path)) => {

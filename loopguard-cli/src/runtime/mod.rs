@@ -4,5 +4,6 @@ pub mod cpython;
 pub mod elf;
 pub mod memory;
 pub mod probe_site;
+pub mod target_file;
 pub mod tokio;
 pub mod usdt;

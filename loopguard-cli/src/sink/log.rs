@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -47,9 +48,14 @@ impl Log {
     }
 }
 
-/// Only ever at the end: several may write to one file, and a rotated one may have been replaced.
+/// Only ever at the end: several may write to one file, and a rotated one may have been replaced. A link is not followed:
+/// whoever may write to the folder, a target perhaps, could have root write anywhere.
 fn append(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).open(path)
+    let opened = OpenOptions::new().create(true).append(true).custom_flags(libc::O_NOFOLLOW).open(path);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ELOOP) => io::Error::other("it is a link; name the file that it leads to"),
+        _ => error,
+    })
 }
 
 impl Sink for Log {
@@ -222,6 +228,16 @@ mod tests {
         assert_eq!(text.find('\n'), Some(text.len() - 1), "one line");
         assert!(!text.trim_end().chars().any(super::super::escape::is_dangerous));
         serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let (link, file) = (folder().join("link"), folder().join("elsewhere"));
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let said = Log::open(&link, clock()).err().unwrap().to_string();
+        std::fs::remove_file(&link).unwrap();
+        assert_eq!(said, "it is a link; name the file that it leads to");
+        assert!(!file.exists());
     }
 
     #[test]

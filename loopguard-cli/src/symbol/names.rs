@@ -1,10 +1,6 @@
 //! Turns places in files into functions, files and lines: those that were inlined there too.
 
-use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::HashMap, fs::File, path::PathBuf, sync::Arc};
 
 use blazesym::symbolize::{
     CodeInfo, Input, Symbolized, Symbolizer,
@@ -12,11 +8,12 @@ use blazesym::symbolize::{
 };
 
 use super::{
-    object::{Object, debug_file},
+    object::{Object, debug_file, path_of},
     origin::{Module, origin},
     space::Place,
 };
 use crate::core::event::{Frame, FrameKind, Origin};
+use crate::runtime::target_file;
 
 /// Places kept at a time; a large server runs through some thousands.
 const MAX_PLACES: usize = 65_536;
@@ -118,18 +115,25 @@ const EVAL: &str = "_PyEval_EvalFrameDefault";
 struct Sources {
     debug_information: Source<'static>,
     symbol_table: Source<'static>,
+    /// Open as long as it is read from.
+    _debug_file: Option<File>,
 }
 
 impl Sources {
     fn of(pid: u32, object: &Object) -> Self {
-        // Split debug information lies beside the file, so it has to be opened by its own name.
-        let mut path = PathBuf::from(format!("/proc/{pid}/root{}", object.path));
-        if !Path::new(&format!("{}.dwp", path.display())).exists() {
-            path = debug_file(pid, object).unwrap_or_else(|| object.own_path());
-        }
-        let mut symbol_table = Elf::new(&path);
-        symbol_table.debug_syms = false;
-        Self { debug_information: Source::Elf(Elf::new(path)), symbol_table: Source::Elf(symbol_table) }
+        let debug_file = debug_file(pid, object);
+        let path = debug_file.as_ref().map_or_else(|| object.own_path(), path_of);
+        // A name in the file would be followed wherever it leads; where that is right, it was found already.
+        let follows_link = debug_file.is_none() && object.image.section_bytes(".gnu_debuglink").is_some();
+        // Split debug information lies beside the file, so that has to be opened by its own name.
+        let is_split = target_file::open(pid, &format!("{}.dwp", object.path)).is_ok();
+        let path = if is_split { PathBuf::from(format!("/proc/{pid}/root{}", object.path)) } else { path };
+        let source = |debug_information: bool| {
+            let mut elf = Elf::new(&path);
+            elf.debug_syms = debug_information && !follows_link;
+            Source::Elf(elf)
+        };
+        Self { debug_information: source(true), symbol_table: source(false), _debug_file: debug_file }
     }
 }
 

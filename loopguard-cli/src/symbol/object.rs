@@ -3,13 +3,13 @@
 use std::{
     collections::HashMap,
     ffi::CString,
-    fs::File,
+    fs::{File, Metadata},
     io::{self, Write as _},
     os::{
         fd::{AsRawFd as _, FromRawFd as _},
         unix::fs::MetadataExt as _,
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, OnceLock},
 };
 
@@ -22,6 +22,7 @@ use super::{
 use crate::runtime::{
     elf::Image,
     memory::{ProcessMemory, TargetMemory as _},
+    target_file,
 };
 
 /// Files known at a time.
@@ -62,7 +63,7 @@ impl Object {
 
     /// A path of ours that opens the same file, whatever happened to its own.
     pub fn own_path(&self) -> PathBuf {
-        format!("/proc/self/fd/{}", self.file.as_raw_fd()).into()
+        path_of(&self.file)
     }
 
     /// The rules at `address`, in the file's own terms.
@@ -197,22 +198,27 @@ impl Objects {
     }
 }
 
+/// A path of ours that leads to an open file, for as long as it is open.
+pub fn path_of(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
 fn open(pid: u32, mapping: &CodeMapping, key: FileKey, path: &str) -> io::Result<File> {
     let by_map = File::open(mapping.map_file(pid));
     if by_map.is_ok() {
         return by_map;
     }
-    // By name only if that still leads to the very file.
-    for candidate in [format!("/proc/{pid}/root{path}"), path.to_owned()] {
-        let Ok(file) = File::open(candidate) else { continue };
-        if file.metadata().is_ok_and(|metadata| metadata.ino() == key.inode && device(&metadata) == key.device) {
-            return Ok(file);
-        }
-    }
-    by_map
+    // By name only if that still leads to the very file: in the target's root, or in ours.
+    let is_it = |metadata: &Metadata| metadata.ino() == key.inode && device(metadata) == key.device;
+    let by_name = roots(pid).into_iter().find_map(|root| target_file::open_if(&root, path, is_it).ok());
+    by_name.map_or(by_map, Ok)
 }
 
-fn device(metadata: &std::fs::Metadata) -> u64 {
+fn roots(pid: u32) -> [String; 2] {
+    [format!("/proc/{pid}/root"), "/".to_owned()]
+}
+
+fn device(metadata: &Metadata) -> u64 {
     u64::from(libc::major(metadata.dev())) << 32 | u64::from(libc::minor(metadata.dev()))
 }
 
@@ -232,9 +238,8 @@ fn vdso(pid: u32, mapping: &CodeMapping) -> io::Result<File> {
     Ok(file)
 }
 
-/// Files with the debug information of `object`, if some are installed: for the target, or here.
-pub fn debug_file(pid: u32, object: &Object) -> Option<PathBuf> {
-    let roots = [format!("/proc/{pid}/root"), String::new()];
+/// The file with the debug information of `object`, if it is installed: for the target, or here.
+pub fn debug_file(pid: u32, object: &Object) -> Option<File> {
     let mut names = Vec::new();
     if let [first, rest @ ..] = object.build_id.as_slice()
         && !rest.is_empty()
@@ -254,16 +259,21 @@ pub fn debug_file(pid: u32, object: &Object) -> Option<PathBuf> {
             format!("/usr/lib/debug{folder}/{link}"),
         ]);
     }
-    let candidates = names.iter().flat_map(|name| roots.iter().map(move |root| PathBuf::from(format!("{root}{name}"))));
-    candidates.into_iter().find(|path| is_for(path, object))
+    let roots = roots(pid);
+    let mut candidates = names.iter().flat_map(|name| roots.iter().map(move |root| (root, name)));
+    candidates.find_map(|(root, name)| {
+        let file = target_file::open_if(root, name, |_| true).ok()?;
+        is_for(file.try_clone().ok()?, object).then_some(file)
+    })
 }
 
 /// Whether a debug file was made with this object: both carry the same build id.
-fn is_for(path: &Path, object: &Object) -> bool {
-    let Ok(file) = File::open(path) else { return false };
+fn is_for(file: File, object: &Object) -> bool {
     let Ok(image) = Image::of_file(file) else { return false };
     let own = image.section_bytes(".note.gnu.build-id").and_then(|(_, note)| build_id(&note));
-    !object.build_id.is_empty() && own.as_ref() == Some(&object.build_id)
+    // One that refers to yet another one would be followed wherever that leads.
+    let is_last = image.section_bytes(".gnu_debuglink").is_none();
+    is_last && !object.build_id.is_empty() && own.as_ref() == Some(&object.build_id)
 }
 
 #[cfg(test)]

@@ -1,13 +1,10 @@
 //! Reads the few lines around a place in a target's source file, as the target sees its files.
 //!
-//! The path comes from the target, and so may the file system: nothing but a regular file is opened, links lead nowhere
-//! outside the target's own root, little is read, and a file system that never answers holds up a thread of its own and
-//! not the screen.
+//! The path comes from the target, and so may the file system: little is read, and a file system that never answers holds
+//! up a thread of its own and not the screen.
 
-use std::ffi::CString;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read as _};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -16,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::state::{Source, SourceAt};
+use crate::runtime::target_file;
 
 /// Lines shown before and after.
 const AROUND: u32 = 3;
@@ -79,7 +77,7 @@ fn excerpt(at: &SourceAt) -> Source {
 }
 
 fn read(at: &SourceAt) -> io::Result<(Vec<(u32, String)>, bool)> {
-    let file = open(at.pid, &at.file)?;
+    let file = target_file::open(at.pid, &at.file)?;
     let modified = file.metadata()?.modified()?;
     let is_newer = started(at.pid).is_some_and(|started| modified > started);
     let (first, last) = (at.line.saturating_sub(AROUND).max(1), at.line.saturating_add(AROUND));
@@ -95,45 +93,6 @@ fn read(at: &SourceAt) -> io::Result<(Vec<(u32, String)>, bool)> {
     // A file that ends before is not the one.
     let reaches = lines.last().is_some_and(|(number, _)| *number >= at.line);
     Ok((if reaches { lines } else { Vec::new() }, is_newer))
-}
-
-/// The target's own file of that name, opened for reading.
-fn open(pid: u32, path: &str) -> io::Result<File> {
-    // A relative path is relative to where the process was started: mostly where it still is.
-    let from = if path.starts_with('/') { "root" } else { "cwd" };
-    let folder = open_path(&format!("/proc/{pid}/{from}"))?;
-    let found = open_inside(&folder, path)?;
-    // Opening a pipe or a device can have effects, so it is looked at first (O_PATH opens nothing).
-    if !File::from(found.try_clone()?).metadata()?.is_file() {
-        return Err(io::Error::other("not a regular file"));
-    }
-    File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
-}
-
-fn open_path(path: &str) -> io::Result<OwnedFd> {
-    let path = CString::new(path)?;
-    // SAFETY: a path that ends in a nul byte; the result is checked.
-    owned(unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) }.into())
-}
-
-/// As if `folder` were the root: neither `..` nor a link leads out of it (openat2(2)).
-fn open_inside(folder: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
-    let path = CString::new(path)?;
-    // SAFETY: a struct of integers, for which all zero is a value.
-    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
-    how.flags = (libc::O_PATH | libc::O_CLOEXEC) as u64;
-    how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
-    let (folder, size) = (folder.as_raw_fd(), size_of::<libc::open_how>());
-    // SAFETY: valid pointers to a path and a struct of the size that is given; the result is checked.
-    owned(unsafe { libc::syscall(libc::SYS_openat2, folder, path.as_ptr(), &how, size) })
-}
-
-fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
-    match i32::try_from(fd) {
-        // SAFETY: a new descriptor that nothing else owns.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// When a process was started, to a tick of the clock (proc(5): field 22 of stat, btime).
@@ -191,25 +150,6 @@ mod tests {
         assert_eq!(why(of("/proc/self/comm", 77)), "the file has no such line");
         assert_eq!(why(of("/", 1)), "source not readable: not a regular file");
         assert_eq!(why(of("/dev/zero", 1)), "source not readable: not a regular file");
-    }
-
-    #[test]
-    fn links_do_not_lead_out_and_pipes_are_not_opened() {
-        let folder = std::env::temp_dir().join(format!("loopguard-source-{}", std::process::id()));
-        fs::create_dir(&folder).unwrap();
-        let inside = open_path(folder.to_str().unwrap()).unwrap();
-        fs::write(folder.join("app.py"), "x").unwrap();
-        std::os::unix::fs::symlink("/etc/passwd", folder.join("out.py")).unwrap();
-        std::os::unix::fs::symlink("/app.py", folder.join("in.py")).unwrap();
-        let pipe = CString::new(folder.join("pipe.py").to_str().unwrap()).unwrap();
-        // SAFETY: a path that ends in a nul byte.
-        assert_eq!(unsafe { libc::mkfifo(pipe.as_ptr(), 0o600) }, 0);
-        let opened =
-            ["in.py", "../../app.py", "out.py", "../../../etc/passwd"].map(|path| open_inside(&inside, path).is_ok());
-        let piped = why(of(folder.join("pipe.py").to_str().unwrap(), 1));
-        fs::remove_dir_all(&folder).unwrap();
-        assert_eq!(opened, [true, true, false, false]);
-        assert_eq!(piped, "source not readable: not a regular file");
     }
 
     #[test]
