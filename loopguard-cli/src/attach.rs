@@ -118,7 +118,9 @@ impl Outputs {
             others.0.push(Box::new(log));
         }
         if let Some(address) = arguments.monitoring.prometheus {
-            others.0.push(Box::new(Prometheus::serve(address, arguments.monitoring.label_cap)?));
+            // Privileges are a thread's own: this one reads what comes from the network.
+            let serve = Prometheus::serve(address, arguments.monitoring.label_cap, target::drop_all_privileges);
+            others.0.push(Box::new(serve?));
         }
         let gate = Gate::new(allowed, Reports { junit, markdown }, fails as Box<dyn Fn(u64) -> bool>);
         Ok(Self { main: Output::open(arguments)?, others, gate })

@@ -82,8 +82,15 @@ fn look_at_machine(findings: &mut Findings) {
         }
         Err(error) => findings.add(Level::Broken, "BTF", format!("{error:#}")),
     }
-    if Path::new(kernel::TRACEFS).join("events").exists() {
+    let events = fs::read_dir(Path::new(kernel::TRACEFS).join("events"));
+    if events.is_ok() {
         findings.add(Level::Fine, "tracefs", format!("mounted at {}", kernel::TRACEFS));
+    } else if events.is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
+        findings.add(
+            Level::Broken,
+            "tracefs",
+            format!("{} cannot be read: give loopguard CAP_DAC_READ_SEARCH, or run it as root", kernel::TRACEFS),
+        );
     } else if Path::new(kernel::TRACEFS).exists() {
         findings.add(
             Level::Fine,

@@ -9,7 +9,7 @@ use std::{
     process::{Command, Output},
 };
 
-use support::{Server, Setup, alone, can_trace, pythons};
+use support::{Server, Setup, Watching, alone, can_trace, free_port, pythons, request};
 
 /// What docs/SECURITY.md says is needed where tracefs is mounted and only root may read it.
 const DOCUMENTED: [&str; 4] = ["bpf", "perfmon", "sys_ptrace", "dac_read_search"];
@@ -95,4 +95,38 @@ fn the_documented_capabilities_suffice_and_each_missing_one_is_named() {
     said.sort();
     said.dedup();
     assert_eq!(said.len(), DOCUMENTED.len(), "{said:?}");
+}
+
+/// Bits of what docs/SECURITY.md says that root keeps (linux/capability.h): DAC_READ_SEARCH, SYS_PTRACE, SYS_ADMIN,
+/// PERFMON, BPF and CHECKPOINT_RESTORE.
+const KEPT: u64 = 1 << 2 | 1 << 19 | 1 << 21 | 1 << 38 | 1 << 39 | 1 << 40;
+
+#[test]
+fn root_gives_up_what_is_not_needed() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next_back() else { return };
+    let server =
+        Server::start(&Setup { python: &python, server: "uvicorn-httptools", event_loop: "asyncio", environment: &[] });
+    let port = free_port();
+    let watching = Watching::start(server.pid(), &["--prometheus", &format!("127.0.0.1:{port}")]);
+    // Whoever answers has given up what it had.
+    assert!(request(port, "GET /metrics HTTP/1.1\r\nhost: test\r\n\r\n").starts_with("HTTP/1.1 200"));
+    let mut names = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{}/task", watching.pid())).unwrap() {
+        let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim();
+        let name = field("Name:");
+        for set in ["CapEff:", "CapPrm:", "CapInh:"] {
+            let held = u64::from_str_radix(field(set), 16).unwrap();
+            let allowed = if name == "loopguard-http" { 0 } else { KEPT };
+            assert_eq!(held & !allowed, 0, "{name}: {set} {held:x}");
+        }
+        assert_eq!(field("NoNewPrivs:"), "1", "{name}");
+        names.push(name.to_owned());
+    }
+    assert!(names.iter().any(|name| name == "loopguard-http") && names.len() > 2, "{names:?}");
+    watching.stop();
 }

@@ -38,9 +38,10 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    pub fn serve(address: SocketAddr, label_cap: usize) -> Result<Self> {
+    /// Listens at once; the thread that serves does `first` before anything else.
+    pub fn serve(address: SocketAddr, label_cap: usize, first: fn() -> io::Result<()>) -> Result<Self> {
         let metrics = Metrics::new(label_cap).context("define the metrics")?;
-        let server = server::Server::start(address, metrics.registry.clone())?;
+        let server = server::Server::start(address, metrics.registry.clone(), first)?;
         Ok(Self { metrics, _server: server })
     }
 }

@@ -75,7 +75,7 @@ const NEEDED: [Needed; 3] = [
 const KEPT: [u32; 6] = [39, 38, 19, 2, 40, 21];
 
 fn effective() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
@@ -105,6 +105,19 @@ pub fn check_privileges() -> Result<()> {
 /// # Errors
 /// The kernel refuses, which it never does for fewer privileges.
 pub fn drop_privileges() -> io::Result<()> {
+    keep_only(KEPT.iter().fold(0, |mask, bit| mask | 1 << bit))
+}
+
+/// The same for a thread that needs none.
+///
+/// # Errors
+/// As above.
+pub fn drop_all_privileges() -> io::Result<()> {
+    keep_only(0)
+}
+
+/// `wanted`: a bit for each capability.
+fn keep_only(wanted: u64) -> io::Result<()> {
     #[repr(C)]
     struct Header {
         version: u32,
@@ -119,7 +132,7 @@ pub fn drop_privileges() -> io::Result<()> {
     }
     // linux/capability.h
     const VERSION_3: u32 = 0x2008_0522;
-    let kept = KEPT.iter().fold(0u64, |mask, bit| mask | 1 << bit) & effective();
+    let kept = wanted & effective();
     let half = |bits: u64| Half { effective: bits as u32, permitted: bits as u32, inheritable: 0 };
     let (header, sets) = (Header { version: VERSION_3, pid: 0 }, [half(kept), half(kept >> 32)]);
     // SAFETY: both structures are as the call expects them; it only reads them.

@@ -27,15 +27,23 @@ pub fn alone() -> MutexGuard<'static, ()> {
 /// Whether kernel programs can be loaded here. Says so when not; fails where that must not happen.
 pub fn can_trace() -> bool {
     // SAFETY: no arguments, cannot fail.
-    if unsafe { libc::geteuid() } == 0 {
+    if unsafe { libc::geteuid() } == 0 || has_capabilities() {
         return true;
     }
     assert!(
         env::var_os("LOOPGUARD_REQUIRE_BPF").is_none_or(|value| value != "1"),
-        "LOOPGUARD_REQUIRE_BPF=1, but this is not root"
+        "LOOPGUARD_REQUIRE_BPF=1, but this is not root and lacks capabilities"
     );
-    eprintln!("SKIPPED: loading kernel programs needs root");
+    eprintln!("SKIPPED: loading kernel programs needs root, or the capabilities in docs/SECURITY.md");
     false
+}
+
+/// Those that suffice where tracefs is mounted (linux/capability.h): DAC_READ_SEARCH, SYS_PTRACE, PERFMON and BPF.
+fn has_capabilities() -> bool {
+    const ENOUGH: u64 = 1 << 2 | 1 << 19 | 1 << 38 | 1 << 39;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let held = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+    held.is_some_and(|held| held & ENOUGH == ENOUGH)
 }
 
 /// Interpreters with FastAPI, uvicorn and hypercorn installed.

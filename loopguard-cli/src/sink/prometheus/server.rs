@@ -36,7 +36,8 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn start(address: SocketAddr, registry: Registry) -> Result<Self> {
+    /// Its thread does `first` before it serves anybody, and nothing if that fails.
+    pub fn start(address: SocketAddr, registry: Registry, first: fn() -> io::Result<()>) -> Result<Self> {
         let listener = match StdListener::bind(address) {
             Ok(listener) => listener,
             Err(error) => match error.kind() {
@@ -54,6 +55,9 @@ impl Server {
         thread::Builder::new()
             .name("loopguard-http".to_owned())
             .spawn(move || {
+                if first().is_err() {
+                    return;
+                }
                 runtime.block_on(async {
                     tokio::select! {
                         () = accept(listener, registry) => {}
@@ -134,7 +138,7 @@ mod tests {
         let registry = Registry::new();
         let counter = prometheus::IntCounter::new("loopguard_test_total", "A test.").unwrap();
         registry.register(Box::new(counter)).unwrap();
-        (Server::start(free, registry).unwrap(), free)
+        (Server::start(free, registry, || Ok(())).unwrap(), free)
     }
 
     fn ask(address: SocketAddr, request: &str) -> String {
@@ -185,7 +189,7 @@ mod tests {
     fn a_taken_port_is_one_clear_sentence() {
         let taken = StdListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
-        let Err(error) = Server::start(address, Registry::new()) else { panic!("it is taken") };
+        let Err(error) = Server::start(address, Registry::new(), || Ok(())) else { panic!("it is taken") };
         assert_eq!(
             error.to_string(),
             format!("--prometheus: {address} is taken by another program; choose another port")
