@@ -494,9 +494,7 @@ mod tests {
                   How far apart looks into a step on the CPU are, 1ms to 1s [default: a 16th of the threshold, 1ms to 5ms]
 
               --budget <PERCENT>
-                  What watching may cost, of the CPU time of what is watched: beyond it, looks are fewer
-
-                  [default: 2%]
+                  What watching may cost, of the targets' CPU time, whatever is missed for it [default: beyond 2% fewer samples]
 
         Monitoring:
               --prometheus <ADDRESS>

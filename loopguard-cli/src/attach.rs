@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, ffi::OsString, fs::File, path::Path, time::Dura
 use anyhow::{Context as _, Result, bail};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep_until},
 };
 
 use crate::{
@@ -27,6 +27,7 @@ use crate::{
         prometheus::Prometheus,
     },
     source::{
+        governor::Budget,
         kernel::Talk,
         live::{Live, Options, StackSize, Steps},
         select::{Newcomers, Selection},
@@ -168,12 +169,9 @@ async fn follow(
     let mut command = held.map(Held::go).transpose()?;
 
     let mut look_at = Instant::now();
-    let mut reap = interval(REAP_EVERY);
-    reap.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut status = interval(STATUS_EVERY);
-    status.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut newcomer = interval(NEWCOMERS_EVERY);
-    newcomer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut reap = every(REAP_EVERY);
+    let mut status = every(STATUS_EVERY);
+    let mut newcomer = every(NEWCOMERS_EVERY);
     let far_away = Duration::from_secs(10 * 365 * 24 * 3600);
     let end = Instant::now() + arguments.duration.unwrap_or(far_away);
     let mut no_loop_hint = Some(Instant::now() + NO_LOOP_HINT);
@@ -270,6 +268,13 @@ async fn follow(
     Ok(Outcome { failing_blocks: outputs.gate.failed(), command })
 }
 
+/// One that does not catch up on what it missed.
+fn every(period: Duration) -> Interval {
+    let mut timer = interval(period);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    timer
+}
+
 fn options_of(arguments: &args::Attach, settings: &Settings) -> Options {
     let ns = |time: Option<Duration>| time.map(|time| time.as_nanos() as u64);
     Options {
@@ -278,7 +283,7 @@ fn options_of(arguments: &args::Attach, settings: &Settings) -> Options {
         capture_after_ns: ns(arguments.detection.capture_after),
         sample_every_ns: ns(arguments.detection.sample_every),
         slowdown: 1,
-        budget: arguments.detection.budget,
+        budget: arguments.detection.budget.map_or(Budget::Usual, Budget::Strict),
         steps: match arguments.steps {
             args::Steps::Auto => Steps::Auto,
             args::Steps::Off => Steps::Off,

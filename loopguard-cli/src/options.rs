@@ -68,9 +68,9 @@ pub struct Detection {
     #[arg(long, value_name = "TIME", value_parser = sample_every)]
     pub sample_every: Option<Duration>,
 
-    /// What watching may cost, of the CPU time of what is watched: beyond it, looks are fewer
-    #[arg(long, value_name = "PERCENT", default_value = "2%", value_parser = budget)]
-    pub budget: f64,
+    /// What watching may cost, of the targets' CPU time, whatever is missed for it [default: beyond 2% fewer samples]
+    #[arg(long, value_name = "PERCENT", value_parser = budget)]
+    pub budget: Option<f64>,
 }
 
 /// Where what is found goes, besides the output itself.

@@ -27,6 +27,9 @@ pub struct Status {
     pub stacks: StackCounts,
     /// CPU time of loopguard, its kernel programs included.
     pub self_cpu: Duration,
+    /// For how long it looked less closely, to keep to its budget, and for how long it did not watch at all.
+    pub limited: Duration,
+    pub unwatched: Duration,
 }
 
 /// Native stacks that were unwound.
@@ -67,6 +70,8 @@ impl From<&Status> for Measured {
             unsymbolized: status.unsymbolized,
             stacks: status.stacks.clone(),
             self_cpu: status.self_cpu,
+            limited: status.limited,
+            unwatched: status.unwatched,
         }
     }
 }

@@ -49,6 +49,9 @@ pub struct Measured {
     pub stacks: StackCounts,
     /// CPU time of loopguard, its kernel programs included.
     pub self_cpu: Duration,
+    /// For how long it looked less closely, to keep to its budget, and for how long it did not watch at all.
+    pub limited: Duration,
+    pub unwatched: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -149,6 +149,8 @@ pub fn summary() -> Summary {
             unsymbolized: 2,
             stacks: Default::default(),
             self_cpu: Duration::from_micros(210_400),
+            limited: Duration::ZERO,
+            unwatched: Duration::ZERO,
         },
         total: total(12, 1240, 181),
         routes: vec![(route, total(10, 1100, 181)), (RouteLabel::NoRequest, total(2, 140, 75))],

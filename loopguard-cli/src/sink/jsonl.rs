@@ -1,6 +1,7 @@
 //! Turns updates into JSON lines: one object a line, for other programs.
 
 use std::io::{self, Write};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, Serializer};
@@ -280,6 +281,11 @@ struct SummaryObject<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     stacks: Option<&'a StackCounts>,
     self_cpu_ms: f64,
+    /// For how long the budget limited what was looked at, and what was watched at all, if it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limited_s: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unwatched_s: Option<f64>,
     /// Only where a server tells of its requests.
     #[serde(skip_serializing_if = "Option::is_none")]
     requests: Option<RequestsObject>,
@@ -513,7 +519,7 @@ impl<'a> SummaryObject<'a> {
         let measured = &summary.measured;
         Self {
             r#type: "summary",
-            duration_s: (measured.duration.as_secs_f64() * 1e3).round() / 1e3,
+            duration_s: seconds(measured.duration),
             ticks: summary.ticks(),
             blocks: summary.total.blocks,
             blocked_ms: ms(summary.total.blocked_ns),
@@ -525,10 +531,16 @@ impl<'a> SummaryObject<'a> {
             unsymbolized: measured.unsymbolized,
             stacks: Some(&measured.stacks).filter(|stacks| stacks.unwound + stacks.lost > 0),
             self_cpu_ms: ms(measured.self_cpu.as_nanos() as u64),
+            limited_s: Some(measured.limited).filter(|time| !time.is_zero()).map(seconds),
+            unwatched_s: Some(measured.unwatched).filter(|time| !time.is_zero()).map(seconds),
             requests: RequestsObject::new(summary.requests, &measured.requests),
             threads: summary.threads.iter().map(ThreadObject::new).collect(),
         }
     }
+}
+
+fn seconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e3).round() / 1e3
 }
 
 impl<'a> ThreadObject<'a> {

@@ -299,13 +299,14 @@ struct LiveCollector {
 
 const BY_THREAD: [&str; 4] = ["pid", "tid", "thread", "runtime"];
 /// Name, help, labels.
-const LIVE: [(&str, &str, &[&str]); 7] = [
+const LIVE: [(&str, &str, &[&str]); 8] = [
     ("loopguard_threshold_seconds", "How long one owner must hold the loop to be a block.", &BY_THREAD),
     ("loopguard_tick_seconds", "Lengths of the loop's ticks: from one poll to the next.", &BY_THREAD),
     ("loopguard_loop_busy_seconds_total", "Time the loop spent in ticks.", &BY_THREAD),
     ("loopguard_loop_utilization_ratio", "Part of the last second or so that the loop spent in ticks.", &BY_THREAD),
     ("loopguard_lost_records_total", "Records of the kernel programs that did not arrive.", &[]),
     ("loopguard_self_cpu_seconds_total", "CPU time of loopguard, its kernel programs included.", &[]),
+    ("loopguard_unwatched_seconds_total", "Time in which loops were not watched, to keep to the budget.", &[]),
     ("loopguard_loops", "Event loops that are watched.", &[]),
 ];
 
@@ -343,6 +344,7 @@ impl Collector for LiveCollector {
             (MetricType::GAUGE, each(&|thread| live.utilisation.get(&thread.info.tid).map(|part| gauge(*part)))),
             (MetricType::COUNTER, vec![counter(status.lost_records as f64)]),
             (MetricType::COUNTER, vec![counter(status.self_cpu.as_secs_f64())]),
+            (MetricType::COUNTER, vec![counter(status.unwatched.as_secs_f64())]),
             (MetricType::GAUGE, vec![gauge(threads.len() as f64)]),
         ];
         LIVE.iter()

@@ -292,6 +292,14 @@ impl Look {
             measured.unsymbolized,
             span(measured.self_cpu.as_nanos() as u64)
         );
+        if !measured.limited.is_zero() {
+            let [limited, unwatched] = [measured.limited, measured.unwatched].map(|time| span(time.as_nanos() as u64));
+            text += &format!("  looked less closely for {limited}, to keep to the budget");
+            if !measured.unwatched.is_zero() {
+                text += &format!(", and not at all for {unwatched} of it: blocks then were missed");
+            }
+            text += "\n";
+        }
         text += &native_stacks(&measured.stacks);
         text
     }
@@ -515,6 +523,7 @@ pub fn shortened(file: &str, current_dir: Option<&Path>) -> String {
 mod tests {
     use super::super::example;
     use super::*;
+    use crate::core::summary::Measured;
 
     fn look() -> Look {
         Look {
@@ -680,6 +689,11 @@ mod tests {
                 victims: vec![(route, total(7, 400_000_000))],
                 cumulative: total(2, 500_000_000),
                 excluded: total(3, 180_000_000),
+                measured: Measured {
+                    limited: Duration::from_secs(12),
+                    unwatched: Duration::from_secs(3),
+                    ..example::summary().measured
+                },
                 ..example::summary()
             }),
             @r"
@@ -697,6 +711,7 @@ mod tests {
             |      12      1.24 s      181 ms  uvicorn 1235 (pid 1234, uvloop), 48211 ticks
             |  not told, as their routes are excluded: 3 blocks, 180 ms
             |  lost records: 0, frames without a name: 2, CPU time of loopguard: 210 ms
+            |  looked less closely for 12.0 s, to keep to the budget, and not at all for 3.00 s of it: blocks then were missed
             "
         );
     }

@@ -6,7 +6,8 @@ mod polls;
 mod requests;
 
 use std::{
-    collections::HashMap as StdHashMap, fs, io, num::NonZeroU32, os::fd::OwnedFd, path::Path, thread, time::Duration,
+    any::Any, collections::HashMap as StdHashMap, fs, io, num::NonZeroU32, os::fd::OwnedFd, path::Path, thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -170,6 +171,9 @@ pub struct Kernel {
     log: Option<EbpfLogger<ToStandardError>>,
     requests: RequestMaps,
     closing: Closing,
+    /// What is attached for the loops of all processes; nothing while they are not watched.
+    watching: Vec<Box<dyn Any + Send>>,
+    switch: SwitchShape,
     samplers: StdHashMap<Tid, PerfEventLinkId>,
     /// By process and program.
     step_probes: StdHashMap<(u32, &'static str), UProbeLinkId>,
@@ -264,6 +268,8 @@ impl Kernel {
             log,
             requests: RequestMaps::take(&mut bpf)?,
             closing: Closing::start()?,
+            watching: Vec::new(),
+            switch,
             samplers: StdHashMap::new(),
             step_probes: StdHashMap::new(),
             bpf,
@@ -272,30 +278,28 @@ impl Kernel {
             kernel.free_slots.push(slot, 0)?;
         }
         kernel.set_pace(pace)?;
-        kernel.attach_everywhere(&btf, switch).map_err(explain)?;
+        kernel.attach_everywhere(&btf).map_err(explain)?;
         Ok((kernel, rings))
     }
 
-    fn attach_everywhere(&mut self, btf: &Btf, switch: SwitchShape) -> Result<()> {
+    fn attach_everywhere(&mut self, btf: &Btf) -> Result<()> {
         let mut programs: StdHashMap<&str, &mut Program> = self.bpf.programs_mut().collect();
         let mut take = |name: &'static str| {
             programs.remove(name).with_context(|| format!("the kernel object has no program {name}"))
         };
         let sample: &mut PerfEvent = take("on_sample")?.try_into()?;
-        let switch: &mut BtfTracePoint = take(switch_program(switch))?.try_into()?;
+        let switch: &mut BtfTracePoint = take(switch_program(self.switch))?.try_into()?;
         // The verifier takes its time for the two programs that walk frames: let it look at both at once.
         thread::scope(|scope| {
             let sample = scope.spawn(|| sample.load().context("load the sampling program"));
             switch.load("sched_switch", btf).context("load the program for sched_switch")?;
             sample.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
-        switch.attach().context("attach sched_switch")?;
-        for (name, tracepoint) in [
-            ("on_sched_wakeup", "sched_wakeup"),
-            ("on_fork", "sched_process_fork"),
-            ("on_exec", "sched_process_exec"),
-            ("on_exit", "sched_process_exit"),
-        ] {
+        let wakeup: &mut BtfTracePoint = take("on_sched_wakeup")?.try_into()?;
+        wakeup.load("sched_wakeup", btf).context("load the program for sched_wakeup")?;
+        for (name, tracepoint) in
+            [("on_fork", "sched_process_fork"), ("on_exec", "sched_process_exec"), ("on_exit", "sched_process_exit")]
+        {
             let program: &mut BtfTracePoint = take(name)?.try_into()?;
             program.load(tracepoint, btf).with_context(|| format!("load the program for {tracepoint}"))?;
             program.attach().with_context(|| format!("attach {tracepoint}"))?;
@@ -306,13 +310,6 @@ impl Kernel {
         }
         let poll: &mut TracePoint = take("on_poll_enter")?.try_into()?;
         poll.load().context("load the program for polls")?;
-        for call in ["epoll_wait", "epoll_pwait", "epoll_pwait2"] {
-            let tracepoint = format!("sys_enter_{call}");
-            // Not every architecture and kernel has all three.
-            if Path::new(TRACEFS).join("events/syscalls").join(&tracepoint).exists() {
-                poll.attach("syscalls", &tracepoint).with_context(|| format!("attach {tracepoint}"))?;
-            }
-        }
         for which in [StepProbe::ContextRun, StepProbe::ContextEnter] {
             let program: &mut UProbe = take(step_program(which))?.try_into()?;
             program.load().context("load the step programs")?;
@@ -321,7 +318,54 @@ impl Kernel {
             let program: &mut UProbe = take(requests::program(probe))?.try_into()?;
             program.load().with_context(|| format!("load the program for {}", probe.name()))?;
         }
+        self.watch_loops()
+    }
+
+    /// Attaches what watches loops. A thread that was watched before begins its next tick with its own poll.
+    pub fn watch_loops(&mut self) -> Result<()> {
+        // Whatever happened since is not known.
+        self.leave_ticks();
+        let attached = self.attach_watching();
+        if attached.is_err() {
+            self.watching.clear();
+        }
+        attached
+    }
+
+    fn attach_watching(&mut self) -> Result<()> {
+        for (name, tracepoint) in [(switch_program(self.switch), "sched_switch"), ("on_sched_wakeup", "sched_wakeup")] {
+            let program: &mut BtfTracePoint = program_mut(&mut self.bpf, name)?.try_into()?;
+            let link = program.attach().with_context(|| format!("attach {tracepoint}"))?;
+            self.watching.push(Box::new(program.take_link(link)?));
+        }
+        let poll: &mut TracePoint = program_mut(&mut self.bpf, "on_poll_enter")?.try_into()?;
+        for call in ["epoll_wait", "epoll_pwait", "epoll_pwait2"] {
+            let tracepoint = format!("sys_enter_{call}");
+            // Not every architecture and kernel has all three.
+            if Path::new(TRACEFS).join("events/syscalls").join(&tracepoint).exists() {
+                let link = poll.attach("syscalls", &tracepoint).with_context(|| format!("attach {tracepoint}"))?;
+                self.watching.push(Box::new(poll.take_link(link)?));
+            }
+        }
         Ok(())
+    }
+
+    /// Takes away what watches loops.
+    pub fn unwatch_loops(&mut self) {
+        // Here and now: a program is attached once at a time, and nothing is missed while this waits for the kernel.
+        self.watching.clear();
+        // What else looks at clocks must not take what they stand at for a long step.
+        self.leave_ticks();
+    }
+
+    fn leave_ticks(&mut self) {
+        for slot in self.owners.iter().zip(0..).filter_map(|(owner, slot)| owner.map(|_| slot)) {
+            if let Ok(mut clock) = self.clocks.get(&slot, 0) {
+                clock.leave();
+                // A slot that exists.
+                let _ = self.clocks.set(slot, clock, 0);
+            }
+        }
     }
 
     /// Reports the loop threads of a process that are not watched yet as they poll, and what becomes of the process.

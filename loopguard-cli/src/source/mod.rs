@@ -8,7 +8,7 @@ pub mod btf;
 mod cost;
 pub mod decode;
 pub mod features;
-mod governor;
+pub mod governor;
 pub mod kernel;
 pub mod live;
 pub mod process;

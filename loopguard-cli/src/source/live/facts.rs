@@ -25,6 +25,9 @@ const LOOKS_PER_THRESHOLD: u64 = 4;
 /// The least and the most time between two looks.
 const LOOK_EVERY_NS: RangeInclusive<u64> = 2_000_000..=50_000_000;
 
+/// Where details are not read, they are so many times as far apart.
+const PATIENCE: u32 = 4;
+
 /// A block that goes on is reported when it is this old, then each time its age has doubled.
 const ONGOING_AFTER_NS: u64 = 500_000_000;
 
@@ -216,7 +219,8 @@ impl Live {
             self.naming.pass(seen);
         }
         self.naming.release(events);
-        Ok(Duration::from_nanos(next_in_ns))
+        let patience = if self.governor.effort().reads_details { 1 } else { PATIENCE };
+        Ok(Duration::from_nanos(next_in_ns) * patience)
     }
 
     /// Looks at steps that are old and still wait: what they are about can be read now, and what goes on must be seen
@@ -244,7 +248,8 @@ impl Live {
                 if let Some(record) = self.look(tid, &clock)
                     && let Some(capture) = self.capture(&record, Freshness::JustTaken)
                 {
-                    let copy = self.copy_stack(&record);
+                    let is_read = self.governor.effort().reads_details;
+                    let copy = if is_read { self.copy_stack(&record) } else { None };
                     seen.push(self.seen(&record, capture, copy));
                     if let Some(known) = self.loops.get_mut(&tid)
                         && clock.wait_start_ns < known.since_ns

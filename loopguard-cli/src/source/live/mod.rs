@@ -32,8 +32,8 @@ use tokio::io::unix::AsyncFd;
 use super::{
     cost::CostMeter,
     decode::{Record, decode},
-    governor::{Change, Governor, Spent},
-    kernel::{Kernel, Pace, Talk},
+    governor::{Budget, Change, Effort, Governor, Shift, Shifts, Spent},
+    kernel::{Kernel, Pace, Sampling, Talk},
     process::{self, Identity},
 };
 use crate::{
@@ -52,6 +52,8 @@ use polls::{PollOwners, TokioTarget};
 use requests::Requests;
 use steps::{Closeness, StepMark};
 
+const NOT_MEASURED: &str = "without CAP_SYS_ADMIN what loopguard costs in the kernel is not measured: it is missing from \
+                            its CPU time, and the budget does not limit it";
 /// Short steps are told once they sum up to this part of the cumulative threshold.
 const SHORT_SHARE: u64 = 8;
 
@@ -100,9 +102,8 @@ pub struct Options {
     pub capture_after_ns: Option<u64>,
     pub sample_every_ns: Option<u64>,
     /// How many times as far apart they are for now.
-    pub slowdown: u64,
-    /// Part of the targets' CPU time that watching them may cost.
-    pub budget: f64,
+    pub slowdown: u32,
+    pub budget: Budget,
     /// Whether the kernel programs' own log is printed.
     pub talk: Talk,
 }
@@ -124,6 +125,11 @@ pub struct Live {
     unintroduced: Vec<Poll>,
     cost: CostMeter,
     governor: Governor,
+    shifts: Shifts,
+    /// For how long loops were not watched, and less was looked at, to keep to the budget.
+    unwatched: Duration,
+    limited: Duration,
+    governed_at: Option<Duration>,
     /// CPU time of each process when it was last looked at, and of all in sum since the start.
     cpu_of: HashMap<u32, Duration>,
     targets_cpu: Duration,
@@ -199,7 +205,7 @@ impl Options {
         };
         match self.slowdown {
             ..=1 => pace,
-            times => Pace { sample_every_ns: Some(pace.gap_ns().saturating_mul(times)), ..pace },
+            times => Pace { sample_every_ns: Some(pace.gap_ns().saturating_mul(u64::from(times))), ..pace },
         }
     }
 }
@@ -225,6 +231,10 @@ impl Live {
             unintroduced: Vec::new(),
             cost: CostMeter::default(),
             governor: Governor::new(options.budget),
+            shifts: Shifts::default(),
+            unwatched: Duration::ZERO,
+            limited: Duration::ZERO,
+            governed_at: None,
             cpu_of: HashMap::new(),
             targets_cpu: Duration::ZERO,
             notices: Vec::new(),
@@ -331,7 +341,11 @@ impl Live {
     }
 
     fn reap_gone(&mut self, events: &mut Vec<Event>) {
+        let was_denied = self.cost.is_denied();
         self.cost.turn(&self.kernel);
+        if self.cost.is_denied() && !was_denied {
+            self.notices.push(NOT_MEASURED.to_owned());
+        }
         self.govern();
         self.kernel.flush_log();
         self.relax();
@@ -349,21 +363,72 @@ impl Live {
         }
         self.cpu_of.retain(|pid, _| self.targets.contains_key(pid));
         let at = Duration::from_nanos(process::monotonic_ns());
+        let since_last = at.saturating_sub(self.governed_at.replace(at).unwrap_or(at));
+        if self.governor.effort() != Effort::FULL {
+            self.limited += since_last;
+        }
+        if self.shifts.rests() {
+            self.unwatched += since_last;
+        }
         let own = process::own_cpu() + self.cost.total();
-        let Some(Change { share, is_less }) = self.governor.turn(Spent { at, own, targets: self.targets_cpu }) else {
-            return;
+        if let Some(change) = self.governor.turn(Spent { at, own, targets: self.targets_cpu }) {
+            self.change_effort(change);
+        }
+        let is_blocked = !self.shifts.rests() && self.is_blocked(at.as_nanos() as u64);
+        match self.shifts.turn(at, self.governor.effort().parts, is_blocked) {
+            Some(Shift::Rest) => self.rest(),
+            Some(Shift::Watch) => self.watch_again(),
+            None => {}
+        }
+    }
+
+    fn change_effort(&mut self, Change { share, from, to }: Change) {
+        let budget = self.options.budget.share();
+        let why = match share / budget {
+            ..=0.5 => "well within",
+            ..=1.0 => "close to",
+            _ => "over",
         };
-        let (budget, times) = (self.options.budget * 100.0, self.governor.slowdown());
-        let samples = if times == 1 { "as usual".to_owned() } else { format!("{times} times as far apart as usual") };
-        let steps = if self.governor.marks_steps() { "" } else { ", and steps are not marked" };
-        let why = if is_less { "over" } else { "well within" };
-        let share = share * 100.0;
+        // 7 % is no round number as a part of one.
+        let (share, budget) = (share * 100.0, (budget * 1000.0).round() / 10.0);
         self.notices.push(format!(
-            "watching took {share:.1} % of the CPU time of what is watched, {why} the budget of {budget} %: samples are \
-             taken {samples} now{steps}"
+            "watching took {share:.1} % of the CPU time of what is watched, {why} the budget of {budget} %"
         ));
-        self.options.slowdown = times;
+        self.notices.extend(to.changes_from(from));
+        self.options.slowdown = to.slowdown;
         self.apply_pace();
+        self.cost.changes(&self.kernel);
+    }
+
+    fn is_blocked(&self, now_ns: u64) -> bool {
+        self.loops.values().any(|known| {
+            let clock = self.kernel.clock(known.info.tid);
+            clock.is_some_and(|clock| {
+                clock.in_tick() && now_ns.saturating_sub(clock.step_start_ns) >= known.pace.threshold_ns
+            })
+        })
+    }
+
+    /// Loops are not watched for a while; processes still are.
+    fn rest(&mut self) {
+        self.cost.set_rests(true, &self.kernel);
+        self.kernel.unwatch_loops();
+    }
+
+    fn watch_again(&mut self) {
+        // A loop that began while nobody watched was not seen to begin.
+        for (&pid, target) in &mut self.targets {
+            target.before_polls = false;
+            // A process that is gone is let go of soon.
+            let _ = self.kernel.may_poll(pid);
+        }
+        match self.kernel.watch_loops() {
+            Ok(()) => self.cost.set_rests(false, &self.kernel),
+            Err(error) => {
+                self.shifts.still_rests();
+                self.notices.push(format!("loops cannot be watched again just now: {error:#}"));
+            }
+        }
     }
 
     /// Gives all threads the pace that follows from the options by now.
@@ -375,14 +440,21 @@ impl Live {
             let pace = known.pace;
             let _ = self.kernel.update_thread(known.info.tid, |thread| pace.fill_in(thread));
         }
-        let close: Vec<u32> =
-            self.targets.iter().filter(|(_, target)| target.closeness.is_close()).map(|(pid, _)| *pid).collect();
-        for pid in close {
-            self.unmark_steps(pid);
-            self.mark_polls(pid);
+        for pid in self.targets.keys().copied().collect::<Vec<_>>() {
+            if !self.governor.effort().reads_details {
+                self.unmark_steps(pid);
+            }
+            let is_close = self.targets.get(&pid).is_some_and(|target| target.closeness.is_close());
+            if is_close {
+                self.mark_polls(pid);
+            }
             let loops = self.loops.values().filter(|known| known.info.pid == pid);
             for tid in loops.map(|known| known.info.tid).collect::<Vec<_>>() {
-                self.watch_loop_closely(tid);
+                if is_close {
+                    self.watch_loop_closely(tid);
+                } else {
+                    let _ = self.kernel.sample(tid, Sampling::Watchful);
+                }
             }
         }
     }
@@ -433,6 +505,8 @@ impl Live {
             unsymbolized: self.naming.unnamed(),
             stacks: StackCounts { lost: self.pages.lost, ..self.naming.counts() },
             self_cpu: process::own_cpu() + self.cost.total(),
+            limited: self.limited,
+            unwatched: self.unwatched,
         }
     }
 

@@ -23,6 +23,8 @@ use crate::{
 const MAX_WAITING: usize = 256;
 /// Of a wait that began right after another one.
 const NOT_COPIED: &str = "its native part was not copied";
+/// Unwinding it takes more than what watching may cost.
+const NOT_READ: &str = "its native part was not read: the budget does not allow for it";
 /// A page is visible only once those before it are: another processor may be in the middle of writing one.
 const LOOKS: u32 = 200;
 
@@ -117,9 +119,10 @@ impl Live {
 
     /// A capture, and what its native frames are to be made of if its stack was copied.
     pub(super) fn seen(&mut self, record: &CaptureRecord, mut capture: Capture, copy: Option<StackCopy>) -> Seen {
+        let (copy, missing) = if self.governor.effort().reads_details { (copy, NOT_COPIED) } else { (None, NOT_READ) };
         let Some(copy) = copy else {
             let stack = Arc::make_mut(&mut capture.stack);
-            stack.incomplete = stack.incomplete.or(Some(NOT_COPIED));
+            stack.incomplete = stack.incomplete.or(Some(missing));
             return Seen::Event(Event::Capture(capture));
         };
         let pid = record.header.tgid;

@@ -78,7 +78,7 @@ impl Live {
 
     pub(super) fn polls_are_marked(&self, pid: u32) -> bool {
         self.options.steps == Steps::Auto
-            && self.governor.marks_steps()
+            && self.governor.effort().reads_details
             && self.targets.get(&pid).is_some_and(|target| target.tokio.is_some())
     }
 

@@ -103,7 +103,7 @@ impl Live {
         if let Err(error) = self.kernel.sample(tid, Sampling::Close) {
             self.notices.push(format!("thread {tid} is not sampled closely ({error:#})"));
         }
-        let marks = known.marks.clone().filter(|_| self.governor.marks_steps());
+        let marks = known.marks.clone().filter(|_| self.governor.effort().reads_details);
         let Some(StepMark { which, site, flags }) = marks else {
             let _ = self.kernel.update_thread(tid, |thread| thread.flags |= THREAD_TELLS_SHORT);
             self.mark_polls_of_thread(tid);

@@ -8,6 +8,9 @@ use crate::core::event::{Event, InFlight, Tid};
 impl Live {
     /// The requests in flight on a loop, once for each step; `None`: they can't be read, or the step has ended.
     pub(super) fn in_flight(&mut self, tid: Tid, step_seq: u64) -> Option<Event> {
+        if !self.governor.effort().reads_details {
+            return None;
+        }
         let known = self.loops.get_mut(&tid)?;
         if std::mem::replace(&mut known.step.counted, true) {
             return None;
