@@ -7,6 +7,7 @@ use std::{
     fs,
     io::Write as _,
     net::TcpStream,
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
@@ -414,6 +415,8 @@ fn a_loopguard_that_is_killed_at_any_moment_leaves_nothing() {
     server.wait_until_up();
     server.wait_for_workers(2);
     let before = kernel_objects();
+    let changed = || -> Vec<String> { server.pids().iter().flat_map(|pid| changed_code(*pid)).collect() };
+    assert_eq!(changed(), [""; 0]);
     let (served, failed) = (AtomicU32::new(0), AtomicU32::new(0));
     let over = AtomicBool::new(false);
     let serve = || {
@@ -433,6 +436,14 @@ fn a_loopguard_that_is_killed_at_any_moment_leaves_nothing() {
     let (first, last) = thread::scope(|scope| {
         (0..2).for_each(|_| drop(scope.spawn(serve)));
         let first = throughput(Duration::from_secs(3));
+        // That a probe would be seen.
+        let watching = Watching::start(server.pid(), &["--threshold", "50ms"]);
+        let started = Instant::now();
+        while changed().is_empty() {
+            assert!(started.elapsed() < PATIENCE, "no step probe was placed: {}", watching.messages());
+            thread::sleep(Duration::from_millis(50));
+        }
+        watching.kill();
         // Any moment: while it loads, attaches, watches, and while it lets go.
         let mut random = 0x9e37_79b9_u32;
         for cycle in 0..cycles {
@@ -458,8 +469,32 @@ fn a_loopguard_that_is_killed_at_any_moment_leaves_nothing() {
     println!("{cycles} cycles, {served} requests; {first:.0} a second before, {last:.0} after");
     assert_eq!(failed.into_inner(), 0, "of {served} requests");
     assert_eq!(kernel_objects(), before, "BPF programs, maps and links");
+    assert_eq!(changed(), [""; 0]);
     // A probe left behind would cost every step: a third is more than a busy machine's noise over seconds.
     assert!(last > first * 0.66, "{first} requests a second before, {last} after");
+}
+
+/// Mappings of a process whose code is not what stands in their files: a probe replaces an instruction.
+fn changed_code(pid: u64) -> Vec<String> {
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let is_changed = |line: &&str| {
+        let mut fields = line.split_whitespace();
+        let (range, access, offset, path) = (fields.next(), fields.next(), fields.next(), fields.nth(2));
+        let (Some(range), Some("r-xp"), Some(offset), Some(path)) = (range, access, offset, path) else { return false };
+        if !path.starts_with('/') {
+            return false;
+        }
+        let number = |text: &str| u64::from_str_radix(text, 16).unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        let mut mapped = vec![0; (number(end) - number(start)) as usize];
+        memory.read_exact_at(&mut mapped, number(start)).unwrap();
+        let mut file = vec![0; mapped.len()];
+        // The last page goes on behind the file's end.
+        let length = fs::File::open(path).unwrap().read_at(&mut file, number(offset)).unwrap();
+        mapped[..length] != file[..length]
+    };
+    maps.lines().filter(is_changed).map(str::to_owned).collect()
 }
 
 /// How many BPF programs, maps and links the kernel has.
