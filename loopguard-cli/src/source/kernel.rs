@@ -415,6 +415,11 @@ impl Kernel {
         }
     }
 
+    /// Whether as many threads are watched as can be.
+    pub fn is_full(&self) -> bool {
+        self.owners.iter().all(Option::is_some)
+    }
+
     /// Watches a loop thread; the pace is filled in here. Returns its slot.
     pub fn watch_thread(&mut self, mut thread: LoopThread, standing: Standing) -> Result<u32> {
         let tid = thread.tid;

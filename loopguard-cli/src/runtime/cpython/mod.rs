@@ -32,7 +32,8 @@ pub use request::trace_id;
 pub use task::{NotTold, TaskFacts};
 
 const MAX_INTERPRETERS: usize = 64;
-const MAX_THREADS: usize = 8192;
+/// Of all interpreters; Linux allows a machine as many unless it is told otherwise (`pid_max`).
+const MAX_THREADS: usize = 32768;
 
 /// Why a process's Python, if it has one, can't be read.
 #[derive(Debug, Error)]
@@ -376,22 +377,45 @@ impl Interpreter {
     /// The lists change while they are read: a thread that comes or goes meanwhile may be missing.
     pub fn threads(&self) -> Result<Vec<PyThreadInfo>, Fault> {
         let mut threads = Vec::new();
+        self.find_thread(|thread| {
+            threads.push(*thread);
+            false
+        })?;
+        Ok(threads)
+    }
+
+    /// The state of the thread that the target knows by this id, with the same reservation.
+    pub fn thread(&self, native_thread_id: u64) -> Result<Option<PyThreadInfo>, Fault> {
+        self.find_thread(|thread| thread.native_thread_id == native_thread_id)
+    }
+
+    fn find_thread(&self, mut is_wanted: impl FnMut(&PyThreadInfo) -> bool) -> Result<Option<PyThreadInfo>, Fault> {
         let mut interpreter = self.memory.field(self.anchors.runtime, self.offsets.interpreters_head)?;
+        let mut count = 0usize;
         for _ in 0..MAX_INTERPRETERS {
             if interpreter == 0 {
                 break;
             }
             let mut state = self.memory.field(interpreter, self.offsets.threads_head)?;
-            while state != 0 && threads.len() < MAX_THREADS {
+            // A list that leads back into itself comes by the same state again, whichever that is.
+            let mut earlier = 0;
+            while state != 0 && state != earlier && count < MAX_THREADS {
+                if count.is_power_of_two() {
+                    earlier = state;
+                }
+                count += 1;
                 let id = self.memory.field(state, self.offsets.layout.ts_native_thread_id);
                 let next = self.memory.field(state, self.offsets.thread_next);
                 let (Ok(native_thread_id), Ok(next)) = (id, next) else { break };
-                threads.push(PyThreadInfo { native_thread_id, state, interpreter });
+                let thread = PyThreadInfo { native_thread_id, state, interpreter };
+                if is_wanted(&thread) {
+                    return Ok(Some(thread));
+                }
                 state = next;
             }
             interpreter = self.memory.field(interpreter, self.offsets.interpreter_next)?;
         }
-        Ok(threads)
+        Ok(None)
     }
 
     /// The address ranges in which a thread sleeps that waits for the GIL of this interpreter: its

@@ -1,5 +1,7 @@
 //! Finds the loop threads of a process, and what kind of loop they run.
 
+use std::collections::HashMap;
+
 use anyhow::Result;
 use loopguard_common::{
     records::{AddressRange, LoopThread, THREAD_PARKS, THREAD_PARKS_ON_FUTEX},
@@ -14,7 +16,10 @@ use super::{
 use crate::{
     core::event::{Event, Frame, LoopInfo, Runtime, Stack, StepMarks, Tid},
     runtime::cpython::PyThreadInfo,
-    source::{kernel::Standing, process, syscall},
+    source::{
+        kernel::{MAX_THREADS, Standing},
+        process, syscall,
+    },
 };
 
 /// How often a thread's frames are looked at before it is no loop.
@@ -37,6 +42,7 @@ impl Live {
         pids.sort_by_key(|pid| (self.targets[pid].identity.start_ticks, *pid));
         for pid in pids {
             let Ok(tids) = process::threads(pid) else { continue };
+            let mut ticking = None;
             for tid in tids {
                 if self.loops.contains_key(&tid) {
                     continue;
@@ -47,17 +53,33 @@ impl Live {
                     let found = Poll { pid, tid, epoll_fd: epoll_fd as i32, syscall: number, returned_ns: None };
                     self.polled(found, events)?;
                 } else {
-                    self.find_busy_loop(pid, tid, events)?;
+                    let ticking = ticking.get_or_insert_with(|| self.may_tick(pid));
+                    self.find_busy_loop(pid, tid, ticking, events)?;
                 }
             }
         }
         Ok(())
     }
 
+    /// What loop threads of a process must have if they are in the middle of a tick. Read once for all of its threads,
+    /// which may be very many.
+    fn may_tick(&self, pid: u32) -> MayTick {
+        let interpreter =
+            self.targets.get(&pid).and_then(|target| target.python.as_ref()).map(|python| &python.interpreter);
+        let threads = interpreter.and_then(|interpreter| interpreter.threads().ok()).unwrap_or_default();
+        MayTick {
+            epoll_descriptors: process::epoll_descriptors(pid),
+            states: threads.into_iter().map(|thread| (thread.native_thread_id, thread)).collect(),
+        }
+    }
+
     /// A loop thread in the middle of a tick shows no poll, but the frames of its loop.
-    fn find_busy_loop(&mut self, pid: u32, tid: Tid, events: &mut Vec<Event>) -> Result<()> {
-        let [epoll_fd] = process::epoll_descriptors(pid)[..] else { return Ok(()) };
-        let Some((python, stack)) = self.python_stack(pid, tid) else { return Ok(()) };
+    fn find_busy_loop(&mut self, pid: u32, tid: Tid, ticking: &MayTick, events: &mut Vec<Event>) -> Result<()> {
+        let [epoll_fd] = ticking.epoll_descriptors[..] else { return Ok(()) };
+        let Some(python) = process::innermost_tid(pid, tid).ok().and_then(|id| ticking.states.get(&id)).copied() else {
+            return Ok(());
+        };
+        let Some(stack) = self.stack_of(pid, &python) else { return Ok(()) };
         let uses_uvloop = self.targets.get(&pid).is_some_and(|target| target.uses_uvloop);
         let runtime = match LoopFrames::of(&stack) {
             LoopFrames::Asyncio { .. } => Runtime::Asyncio,
@@ -214,15 +236,19 @@ impl Live {
 
     /// The interpreter's thread state of a thread, and its frames now.
     fn python_stack(&mut self, pid: u32, tid: Tid) -> Option<(PyThreadInfo, Stack)> {
-        let python = self.targets.get_mut(&pid)?.python.as_mut()?;
         let native = process::innermost_tid(pid, tid).ok()?;
-        let thread = python.interpreter.threads().ok()?.into_iter().find(|thread| thread.native_thread_id == native)?;
+        let thread = self.targets.get(&pid)?.python.as_ref()?.interpreter.thread(native).ok()??;
+        let stack = self.stack_of(pid, &thread)?;
+        Some((thread, stack))
+    }
+
+    fn stack_of(&mut self, pid: u32, thread: &PyThreadInfo) -> Option<Stack> {
+        let python = self.targets.get_mut(&pid)?.python.as_mut()?;
         let mut record = empty_capture();
         let mut scratch = Scratch::default();
         let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
         walk_frames(memory, &layout, thread.walked(), &mut scratch, &mut record);
-        let stack = python.inspector.stack(frames(&record), walk_status(&record));
-        Some((thread, stack))
+        Some(python.inspector.stack(frames(&record), walk_status(&record)))
     }
 
     fn adopt(&mut self, found: Found, standing: Standing, events: &mut Vec<Event>) -> Result<()> {
@@ -256,6 +282,13 @@ impl Live {
         };
         let slot = match watched {
             Ok(slot) => slot,
+            Err(_) if self.kernel.is_full() => {
+                // Each of them would be said again whenever it polls.
+                if !std::mem::replace(&mut self.said_full, true) {
+                    self.notices.push(format!("{MAX_THREADS} loop threads are watched; further ones are not"));
+                }
+                return Ok(());
+            }
             Err(error) => {
                 // The thread ended meanwhile; if its process did too, that is seen soon.
                 self.notices.push(format!("thread {tid} of process {pid} cannot be watched: {error:#}"));
@@ -302,6 +335,12 @@ impl Live {
         }
         Ok(())
     }
+}
+
+/// The epoll descriptors of a process, and its Python threads by the ids that it knows them by.
+struct MayTick {
+    epoll_descriptors: Vec<i32>,
+    states: HashMap<u64, PyThreadInfo>,
 }
 
 #[derive(Clone)]

@@ -135,6 +135,8 @@ pub struct Live {
     targets_cpu: Duration,
     /// What happened and did not fit into events: for the person at the terminal.
     notices: Vec<String>,
+    /// It was said that there are more loops than can be watched.
+    said_full: bool,
     /// What loops that are gone had done.
     finished: Vec<ThreadStatus>,
     /// Lost records when it was last looked for threads of which nobody told.
@@ -238,6 +240,7 @@ impl Live {
             cpu_of: HashMap::new(),
             targets_cpu: Duration::ZERO,
             notices: Vec::new(),
+            said_full: false,
             finished: Vec::new(),
             lost_when_searched: 0,
             unknown_records: 0,
