@@ -176,7 +176,7 @@ fn x86_register(name: &str) -> Option<(RegisterOffset, u8)> {
         3 if name.starts_with(['r', 'e']) => named(&name[1..]).map(|offset| (offset, 0)),
         3 => name.strip_suffix('l').and_then(named).map(|offset| (offset, 0)),
         2 => named(name).map(|offset| (offset, 0)).or_else(|| {
-            let (letter, part) = name.split_at(1);
+            let (letter, part) = name.split_at_checked(1)?;
             match part {
                 "l" => low_byte(letter).map(|offset| (offset, 0)),
                 "h" if "abcd".contains(letter) => low_byte(letter).map(|offset| (offset, 8)),
@@ -339,6 +339,8 @@ mod tests {
             ("8@()", "-"),
             ("8@(,)", "-"),
             ("8@(%ah)", "-"),
+            // Two bytes, but no two letters.
+            ("8@%é", "-"),
             ("8@%fs:16", "-"),
             ("8@%fs:(%rax)", "-"),
             ("8@8(%rdi", "-"),
