@@ -8,6 +8,7 @@ use aya::{
     maps::{Array, HashMap, MapData},
     programs::{
         BtfTracePoint, TracePoint, UProbe,
+        tp_btf::BtfTracePointLinkId,
         trace_point::TracePointLinkId,
         uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
     },
@@ -32,7 +33,7 @@ use crate::{
 
 const POLL: &str = "on_task_poll";
 const RETURN: &str = "on_task_return";
-/// What tells which threads a poll wakes and starts: loaded with everything else, attached where tokio is.
+/// What tells which threads a poll wakes and starts: loaded with everything else, attached while polls are marked.
 pub const WAKES: [(&str, &str); 2] = [("on_sched_waking", "sched_waking"), ("on_sched_wakeup_new", "sched_wakeup_new")];
 const BLOCKING: &str = "on_blocking_task";
 const PROBES: [&str; 3] = [POLL, RETURN, BLOCKING];
@@ -58,6 +59,7 @@ pub struct PollProbes {
     blocking: StdHashMap<u32, Vec<Placed>>,
     /// Attached while the polls of any process are marked.
     transfers: Vec<(&'static str, TracePointLinkId)>,
+    wakes: Vec<(&'static str, BtfTracePointLinkId)>,
 }
 
 /// How probes are attached.
@@ -86,6 +88,7 @@ impl PollProbes {
             marked: StdHashMap::new(),
             blocking: StdHashMap::new(),
             transfers: Vec::new(),
+            wakes: Vec::new(),
         })
     }
 
@@ -113,10 +116,6 @@ impl Kernel {
         for name in ["on_read", "on_write"] {
             let program: &mut TracePoint = program_mut(&mut self.bpf, name)?.try_into()?;
             program.load().with_context(|| format!("load the program {name}"))?;
-        }
-        for (name, tracepoint) in WAKES {
-            let program: &mut BtfTracePoint = program_mut(&mut self.bpf, name)?.try_into()?;
-            program.attach().with_context(|| format!("attach {tracepoint}"))?;
         }
         self.polls.way = Some(way);
         Ok(())
@@ -162,6 +161,7 @@ impl Kernel {
         }
         self.polls.marked.insert(pid, Vec::new());
         self.watch_transfers()?;
+        self.watch_wakes()?;
         self.mark_returns(pid, returns)?;
         let cookie = |poll: &PollSite| PollCookie {
             task_type: poll.task,
@@ -232,6 +232,18 @@ impl Kernel {
         Ok(())
     }
 
+    fn watch_wakes(&mut self) -> Result<()> {
+        if !self.polls.wakes.is_empty() {
+            return Ok(());
+        }
+        for (name, tracepoint) in WAKES {
+            let program: &mut BtfTracePoint = program_mut(&mut self.bpf, name)?.try_into()?;
+            let link = program.attach().with_context(|| format!("attach {tracepoint}"))?;
+            self.polls.wakes.push((name, link));
+        }
+        Ok(())
+    }
+
     /// Takes the probes of a process's polls away.
     pub fn unmark_polls(&mut self, pid: u32) {
         let Some(links) = self.polls.marked.remove(&pid) else { return };
@@ -245,6 +257,13 @@ impl Kernel {
         if self.polls.marked.is_empty() {
             for (name, link) in std::mem::take(&mut self.polls.transfers) {
                 if let Ok(program) = program_mut(&mut self.bpf, name).map(<&mut TracePoint>::try_from)
+                    && let Ok(link) = program.and_then(|program| program.take_link(link))
+                {
+                    self.closing.close(link);
+                }
+            }
+            for (name, link) in std::mem::take(&mut self.polls.wakes) {
+                if let Ok(program) = program_mut(&mut self.bpf, name).map(<&mut BtfTracePoint>::try_from)
                     && let Ok(link) = program.and_then(|program| program.take_link(link))
                 {
                     self.closing.close(link);

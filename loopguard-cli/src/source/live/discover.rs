@@ -332,6 +332,9 @@ impl Live {
             self.watch_loop_closely(tid);
         } else if self.has_close_sibling(pid) {
             self.watch_closely(pid);
+        } else {
+            // They may be marked for another reason.
+            self.mark_polls_of_thread(tid);
         }
         Ok(())
     }

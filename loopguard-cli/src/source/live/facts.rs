@@ -91,9 +91,11 @@ impl Live {
 
     pub(super) fn capture(&mut self, record: &CaptureRecord, freshness: Freshness) -> Option<Capture> {
         let tid = record.header.tid;
-        // A short step is looked into only because others before it added up.
+        // A short step is looked into only because others before it added up; one that only waited for a CPU did not
+        // become old by what its code does, and on a busy machine all loops have such.
         let age_ns = record.until_ns.saturating_sub(record.step_start_ns);
-        if age_ns >= self.loops.get(&tid)?.pace.capture_age_ns {
+        let own_age_ns = age_ns.saturating_sub(record.off_cpu.run_queue_ns);
+        if own_age_ns >= self.loops.get(&tid)?.pace.capture_age_ns {
             self.watch_closely(record.header.tgid);
         }
         let runs = |live: &Self| match freshness {

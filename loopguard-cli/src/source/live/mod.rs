@@ -352,6 +352,7 @@ impl Live {
         self.govern();
         self.kernel.flush_log();
         self.relax();
+        self.end_learning();
         self.let_go(events);
         events.push(Event::TimePassed { now_ns: process::monotonic_ns() });
         self.tend_requests();

@@ -17,13 +17,15 @@ use crate::{
         self, NotUsable, ReturnSite, Tokio,
         http::{self, NotHttp},
     },
-    source::process,
+    source::{kernel::Kernel, process},
 };
 
 /// Owners of long polls whose steps are still to come: a worker has one or two.
 const MAX_OWNERS: usize = 8;
 /// More places than tokio polls tasks at.
 const MAX_RETURNS: usize = 64;
+/// A worker that is busy for longer parks later: its next wait asks again.
+const LEARN_AT_MOST_NS: u64 = 10_000_000_000;
 
 /// A process with tokio.
 pub(super) struct TokioTarget {
@@ -32,9 +34,15 @@ pub(super) struct TokioTarget {
     returns: Vec<(u64, ReturnSite)>,
     /// Since when its polls are marked.
     marked_since_ns: Option<u64>,
+    /// Workers whose park is to be seen, and until when at the latest.
+    learning: Vec<(Tid, Park)>,
+    learns_until_ns: u64,
     /// It was said that requests of this kind can't be read.
     said: Vec<NotHttp>,
 }
+
+/// Where a worker was last known to park: the stack pointer, and the futex.
+type Park = (u64, u64);
 
 /// Whose the long polls of one thread were, by the number of the step.
 pub(super) type PollOwners = VecDeque<(u64, Owner)>;
@@ -51,7 +59,14 @@ impl Live {
                 for unmarked in &tokio.unmarked {
                     self.notices.push(format!("process {pid}: polls of some tasks cannot be marked: {unmarked}"));
                 }
-                Some(TokioTarget { tokio, returns: Vec::new(), marked_since_ns: None, said: Vec::new() })
+                Some(TokioTarget {
+                    tokio,
+                    returns: Vec::new(),
+                    marked_since_ns: None,
+                    learning: Vec::new(),
+                    learns_until_ns: 0,
+                    said: Vec::new(),
+                })
             }
             Err(NotUsable::NotTokio) => None,
             Err(error) => {
@@ -113,10 +128,55 @@ impl Live {
         }
     }
 
+    /// Marks a process's polls for as long as it takes to see where a worker parks: without that a wait in a healthy
+    /// worker can't be told from its idling, and that a worker waits says nothing about blocks.
+    fn learn_park(&mut self, pid: u32, tid: Tid) {
+        let Some(target) = self.targets.get_mut(&pid) else { return };
+        if target.closeness.is_close() {
+            // Polls are marked, and its next park will be seen.
+            return;
+        }
+        let Some(known) = target.tokio.as_mut() else { return };
+        if !known.learning.iter().any(|(learning, _)| *learning == tid) {
+            known.learning.push((tid, park_of(&self.kernel, tid)));
+        }
+        known.learns_until_ns = process::monotonic_ns() + LEARN_AT_MOST_NS;
+        self.mark_polls(pid);
+        let loops = self.loops.values().filter(|known| known.info.pid == pid);
+        for tid in loops.map(|known| known.info.tid).collect::<Vec<_>>() {
+            self.mark_polls_of_thread(tid);
+        }
+    }
+
+    /// Takes the probes away from processes that were marked only to learn where their workers park, and that is known.
+    pub(super) fn end_learning(&mut self) {
+        let now = process::monotonic_ns();
+        let mut learned = Vec::new();
+        for (&pid, target) in &mut self.targets {
+            let Some(known) = target.tokio.as_mut().filter(|known| !known.learning.is_empty()) else { continue };
+            known
+                .learning
+                .retain(|(tid, before)| self.loops.contains_key(tid) && park_of(&self.kernel, *tid) == *before);
+            if known.learns_until_ns <= now {
+                known.learning.clear();
+            }
+            if known.learning.is_empty() && !target.closeness.is_close() {
+                learned.push(pid);
+            }
+        }
+        for pid in learned {
+            for known in self.loops.values().filter(|known| known.info.pid == pid) {
+                let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags &= !THREAD_STEPS_TASK);
+            }
+            self.unmark_polls(pid);
+        }
+    }
+
     /// Takes the probes away again; the threads' flags are cleared already.
     pub(super) fn unmark_polls(&mut self, pid: u32) {
         if let Some(known) = self.targets.get_mut(&pid).and_then(|target| target.tokio.as_mut()) {
             known.marked_since_ns = None;
+            known.learning.clear();
             self.kernel.unmark_polls(pid);
         }
     }
@@ -125,7 +185,7 @@ impl Live {
     pub(super) fn task_return(&mut self, record: &TaskReturnRecord) {
         let pid = record.header.tgid;
         if record.address == 0 {
-            self.watch_closely(pid);
+            self.learn_park(pid, record.header.tid);
             return;
         }
         let Some(known) = self.targets.get_mut(&pid).and_then(|target| target.tokio.as_mut()) else { return };
@@ -245,6 +305,10 @@ impl Live {
             owner,
         })
     }
+}
+
+fn park_of(kernel: &Kernel, tid: Tid) -> Park {
+    kernel.worker(tid).map_or((0, 0), |worker| (worker.park_sp, worker.park_futex))
 }
 
 fn of_record(trail: &Trail) -> http::Trail<'_> {
