@@ -10,6 +10,8 @@ At a threshold T, only reports of single blocks of at least T count. A true bloc
 reported or not: it counts neither as missed nor as wrong.
 
 recall                 of the true blocks of 1.25 T or more: how many have at least half of their time inside reports
+recall_one_to_one      of the same blocks: how many are paired, as below, with a report of their own: where two loops
+                       block at once, a report of the other one does not count
 precision              of the reports: how many can be paired with a true block of 0.8 T or more. Each true block pairs
                        with one report at most, the largest overlap first; 2 ms between their edges are forgiven
 invented               of the reports: how many are to more than half no true block of any length
@@ -148,6 +150,7 @@ def at_threshold(threshold: float, blocks: list[Block], reports: list[Report]) -
     required = [at for at, block in enumerate(blocks) if block.ms >= 1.25 * threshold]
     found = [at for at in required if covered(blocks[at], over[at])]
     paired = [(report, block) for report, block in pairs(counted, blocks) if block.ms >= 0.8 * threshold]
+    required_paired = [block for _, block in paired if block.ms >= 1.25 * threshold]
     errors = [abs(report.ms - block.ms) for report, block in paired]
     invented = blamed = rightly = 0
     for report in counted:
@@ -164,6 +167,7 @@ def at_threshold(threshold: float, blocks: list[Block], reports: list[Report]) -
         "true_blocks": len(required),
         "reports": len(counted),
         "recall": share(len(found), len(required)),
+        "recall_one_to_one": share(len(required_paired), len(required)),
         "precision": share(len(paired), len(counted)),
         "invented": share(invented, len(counted)),
         "duration_error_ms_median": round(statistics.median(errors), 3) if errors else None,

@@ -1,8 +1,8 @@
 //! An axum server that blocks its tokio workers in every way that real servers do, and writes down when.
 //!
-//! usage: bench-axum RUNTIME PORT [TRUTH.jsonl]
+//! usage: bench-axum RUNTIME PORT [TRUTH.jsonl [layer]]
 //! RUNTIME: `multi` (main thread in `block_on`), `spawned` (everything in tasks) or `current` (one thread).
-//! Ends at SIGTERM and then closes the file.
+//! `layer`: it tells of its requests with the layer of `loopguard-emit`. Ends at SIGTERM and then closes the file.
 
 mod truth;
 
@@ -36,16 +36,25 @@ const BACKGROUND_PERIOD: Duration = Duration::from_millis(700);
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
-    let [_, runtime, port, rest @ ..] = &arguments[..] else { bail!("usage: bench-axum RUNTIME PORT [TRUTH.jsonl]") };
+    let [_, runtime, port, rest @ ..] = &arguments[..] else {
+        bail!("usage: bench-axum RUNTIME PORT [TRUTH.jsonl [layer]]")
+    };
     let port: u16 = port.parse().context("the port")?;
     let truth = rest.first().map(|path| Truth::create(Path::new(path))).transpose().context("create the truth")?;
+    let telling = match rest.get(1).map(String::as_str) {
+        None => Telling::Nothing,
+        Some("layer") => Telling::Requests,
+        Some(other) => bail!("no {other}"),
+    };
     let _ = SLOW_PORT.set(slow_server()?);
     match runtime.as_str() {
-        "current" => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(port, truth)),
-        "multi" => workers()?.block_on(serve(port, truth)),
+        "current" => {
+            tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(port, truth, telling))
+        }
+        "multi" => workers()?.block_on(serve(port, truth, telling)),
         "spawned" => {
             let runtime = workers()?;
-            let served = runtime.spawn(serve(port, truth));
+            let served = runtime.spawn(serve(port, truth, telling));
             runtime.block_on(served)?
         }
         other => bail!("no runtime {other}"),
@@ -57,7 +66,14 @@ fn workers() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("shop").enable_all().build()?)
 }
 
-async fn serve(port: u16, truth: Option<Truth>) -> Result<()> {
+/// What it tells tracers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Telling {
+    Nothing,
+    Requests,
+}
+
+async fn serve(port: u16, truth: Option<Truth>, telling: Telling) -> Result<()> {
     let mut routes = Router::new()
         .route("/hello", get(hello))
         .route("/ok/sleep/{ms}", get(ok_sleep))
@@ -74,6 +90,9 @@ async fn serve(port: u16, truth: Option<Truth>) -> Result<()> {
     if let Some(truth) = &truth {
         routes = routes.layer(middleware::from_fn_with_state(truth.clone(), record));
         tokio::spawn(background(truth.clone()));
+    }
+    if telling == Telling::Requests {
+        routes = routes.layer(loopguard_emit::tower::RequestProbes);
     }
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await?;
     let mut stop = signal(SignalKind::terminate())?;

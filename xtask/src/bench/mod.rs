@@ -7,6 +7,7 @@ mod kernel;
 mod overhead;
 pub mod rig;
 mod stacks;
+mod tokio;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,31 +24,36 @@ use crate::step::say;
 pub const USAGE: &str = "\
 usage: cargo xtask bench accuracy [--seconds N] [--json FILE]
        cargo xtask bench overhead [--pairs N] [--json FILE]
+       cargo xtask bench tokio-accuracy [--seconds N] [--json FILE]
+       cargo xtask bench tokio-overhead [--runtime multi|current] [--pairs N] [--json FILE]
        cargo xtask bench kernel [--seconds N] [--json FILE]
        cargo xtask bench stacks [--pythons host|all] [--seconds N] [--json FILE]
        cargo xtask bench stacks-gdb [--pythons host|all] [--times N] [--json FILE]
        cargo xtask bench stacks-rate [--seconds N] [--json FILE]
        cargo xtask bench --compare OLD.json NEW.json";
 
+const NAMES: [&str; 8] =
+    ["accuracy", "overhead", "tokio-accuracy", "tokio-overhead", "kernel", "stacks", "stacks-gdb", "stacks-rate"];
+
 pub fn run(arguments: &[&str]) -> Result<()> {
     match arguments {
         ["--compare", old, new] => compare::run(Path::new(old), Path::new(new)),
-        [name @ ("accuracy" | "overhead" | "kernel" | "stacks" | "stacks-gdb" | "stacks-rate"), options @ ..] => {
-            measure(name, options)
-        }
+        [name, options @ ..] if NAMES.contains(name) => measure(name, options),
         _ => bail!("{USAGE}"),
     }
 }
 
 fn measure(name: &str, options: &[&str]) -> Result<()> {
     let (mut seconds, mut pairs, mut file, mut pythons) = (None, None, None, Interpreters::Host);
+    let mut runtime = "multi";
     for option in options.chunks(2) {
         match (name, option) {
-            ("accuracy" | "kernel" | "stacks" | "stacks-rate", ["--seconds", value])
+            ("accuracy" | "tokio-accuracy" | "kernel" | "stacks" | "stacks-rate", ["--seconds", value])
             | ("stacks-gdb", ["--times", value]) => seconds = Some(number(value)?),
             ("stacks" | "stacks-gdb", ["--pythons", "host"]) => pythons = Interpreters::Host,
             ("stacks" | "stacks-gdb", ["--pythons", "all"]) => pythons = Interpreters::HostAndSid,
-            ("overhead", ["--pairs", value]) => pairs = Some(number(value)?),
+            ("tokio-overhead", ["--runtime", value @ ("multi" | "current")]) => runtime = value,
+            ("overhead" | "tokio-overhead", ["--pairs", value]) => pairs = Some(number(value)?),
             (_, ["--json", value]) => file = Some(PathBuf::from(value)),
             _ => bail!("don't know `{}`\n{USAGE}", option.join(" ")),
         }
@@ -57,6 +63,8 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
     let results = match name {
         "accuracy" => accuracy::run(&rig, seconds.unwrap_or(30))?,
         "overhead" => overhead::run(&rig, pairs.unwrap_or(12))?,
+        "tokio-accuracy" => tokio::accuracy(&rig, seconds.unwrap_or(20))?,
+        "tokio-overhead" => tokio::overhead(&rig, runtime, pairs.unwrap_or(12))?,
         "stacks" => stacks::completeness(&rig, pythons, seconds.unwrap_or(8))?,
         "stacks-gdb" => stacks::beside_gdb(&rig, pythons, seconds.unwrap_or(5))?,
         "stacks-rate" => stacks::rate(&rig, seconds.unwrap_or(60))?,

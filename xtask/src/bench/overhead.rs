@@ -37,7 +37,7 @@ pub fn run(rig: &Rig, pairs: u32) -> Result<Value> {
     Ok(json!({ "loop": steps, "requests": requests }))
 }
 
-fn on_path(program: &str) -> bool {
+pub(super) fn on_path(program: &str) -> bool {
     std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).any(|folder| folder.join(program).is_file())
 }
 
@@ -122,11 +122,13 @@ fn print_steps(steps: &Map<String, Value>) {
     table(&["CPU time of the loop's thread", "tick, ns", "added", "step, ns", "added"], &rows);
 }
 
-/// One server under wrk for one round.
-struct Round {
-    per_second: f64,
-    cpu_us: f64,
-    valid: bool,
+/// One server under load for one round.
+#[derive(Clone, Copy)]
+pub(super) struct Round {
+    pub per_second: f64,
+    /// Of a request.
+    pub cpu_us: f64,
+    pub valid: bool,
 }
 
 fn requests(rig: &Rig, pairs: u32) -> Result<Value> {
@@ -226,6 +228,23 @@ fn in_pairs(
 }
 
 fn round(server: &Server, watcher: Option<u32>) -> Result<Round> {
+    round_of(server, watcher, || wrk(server, ROUND_SECONDS))
+}
+
+/// As many requests as the server can answer to 32 connections; returns how many.
+pub(super) fn wrk(server: &Server, seconds: u32) -> Result<f64> {
+    let output = on_cpu(1, Path::new("wrk"))
+        .args(["-t1", "-c32", &format!("-d{seconds}s"), &format!("http://127.0.0.1:{}/hello", server.port)])
+        .output()
+        .context("run wrk")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines()
+        .find_map(|line| line.trim().split_once(" requests in")?.0.parse().ok())
+        .with_context(|| format!("wrk says no number of requests: {text}"))
+}
+
+/// A round in which `load` sends requests and says how many were answered.
+pub(super) fn round_of(server: &Server, watcher: Option<u32>, load: impl FnOnce() -> Result<f64>) -> Result<Round> {
     let known = || -> Result<f64> {
         let mut known = cpu_time(server.process.pid())?;
         if let Some(watcher) = watcher {
@@ -235,19 +254,11 @@ fn round(server: &Server, watcher: Option<u32>) -> Result<Round> {
     };
     let (known_before, machine, cpu) = (known()?, Machine::now()?, cpu_time(server.process.pid())?);
     let since = Instant::now();
-    let output = on_cpu(1, Path::new("wrk"))
-        .args(["-t1", "-c32", &format!("-d{ROUND_SECONDS}s"), &format!("http://127.0.0.1:{}/hello", server.port)])
-        .output()
-        .context("run wrk")?;
+    let requests = load()?;
     let elapsed = since.elapsed().as_secs_f64();
     let cpu = cpu_time(server.process.pid())? - cpu;
     let after = Machine::now()?;
     let foreign = (after.busy - machine.busy) - (known()? - known_before);
-    let text = String::from_utf8_lossy(&output.stdout);
-    let requests: f64 = text
-        .lines()
-        .find_map(|line| line.trim().split_once(" requests in")?.0.parse().ok())
-        .with_context(|| format!("wrk says no number of requests: {text}"))?;
     let stolen = after.stolen - machine.stolen;
     let valid = foreign < FOREIGN * elapsed && stolen < FOREIGN * elapsed;
     if !valid {
@@ -256,7 +267,7 @@ fn round(server: &Server, watcher: Option<u32>) -> Result<Round> {
     Ok(Round { per_second: requests / elapsed, cpu_us: cpu.as_secs_f64() * 1e6 / requests, valid })
 }
 
-/// CPU seconds of the programs that we started and that ended: wrk's.
+/// CPU seconds of the programs that we started and that ended: the load's.
 fn of_children() -> f64 {
     // SAFETY: plain numbers, of which all bit patterns are valid, filled by the call.
     let usage = unsafe {
@@ -284,7 +295,7 @@ impl Machine {
     }
 }
 
-fn rounded(value: f64, digits: i32) -> f64 {
+pub(super) fn rounded(value: f64, digits: i32) -> f64 {
     let scale = 10f64.powi(digits);
     (value * scale).round() / scale
 }

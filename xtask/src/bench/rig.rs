@@ -115,6 +115,29 @@ impl Rig {
         Server::start(&mut axum, None, port, &log)
     }
 
+    /// The server of `bench/axum` as `build` makes it, and its loads.
+    pub fn build_tokio(&self, build: TokioBuild) -> Result<TokioPrograms> {
+        let (profile, stripped) = match build {
+            TokioBuild::Release => ("release", false),
+            TokioBuild::Stripped => ("release", true),
+            TokioBuild::FatLto => ("fat-lto", false),
+            TokioBuild::FatLtoStripped => ("fat-lto", true),
+        };
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+        cargo.args(["build", "--package", "bench-axum", "--profile", profile]).current_dir(&self.workspace.root);
+        let log = self.folder.join("build-axum.log");
+        step::run(&format!("building bench-axum, profile {profile}"), &mut cargo, &log)?;
+        let program = |name: &str| self.workspace.target.join(profile).join(name);
+        let mut server = program("bench-axum");
+        if stripped {
+            let copy = self.folder.join("bench-axum-stripped");
+            fs::copy(&server, &copy)?;
+            ensure!(Command::new("strip").arg("--strip-all").arg(&copy).status()?.success(), "strip failed");
+            server = copy;
+        }
+        Ok(TokioPrograms { server, load: program("bench-axum-load"), pace: program("bench-axum-pace") })
+    }
+
     /// loopguard, once it says that it watches a loop.
     pub fn attach(&self, pid: u32, options: &[&str]) -> Result<Watching> {
         let (events, messages) = (self.folder.join("events.jsonl"), self.folder.join("loopguard.log"));
@@ -137,6 +160,22 @@ impl Rig {
     }
 }
 
+#[derive(Clone, Copy)]
+pub enum TokioBuild {
+    Release,
+    Stripped,
+    FatLto,
+    FatLtoStripped,
+}
+
+pub struct TokioPrograms {
+    pub server: PathBuf,
+    /// What blocks it.
+    pub load: PathBuf,
+    /// Harmless requests at a fixed rate.
+    pub pace: PathBuf,
+}
+
 pub struct Server {
     pub process: Companion,
     _slow: Option<Companion>,
@@ -144,7 +183,7 @@ pub struct Server {
 }
 
 impl Server {
-    fn start(command: &mut Command, slow: Option<Companion>, port: u16, log: &Path) -> Result<Self> {
+    pub fn start(command: &mut Command, slow: Option<Companion>, port: u16, log: &Path) -> Result<Self> {
         let mut server = Self { process: Companion::start(command)?, _slow: slow, port };
         let started = Instant::now();
         while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 use xtask::workspace::Workspace;
 
-use super::rig::{Rig, Watching, free_port, on_cpu};
+use super::rig::{Rig, TokioBuild, Watching, free_port, on_cpu};
 use super::table;
 use crate::companion::Companion;
 use crate::pythons::{self, Venv};
@@ -21,9 +21,9 @@ use crate::step::{self, say};
 /// Enough that the looks into blocks are about a millisecond apart.
 const CLOSELY: [&str; 2] = ["--threshold=16ms", "--steps=off"];
 const KINDS: [&str; 7] = ["sleep", "socket", "python", "hashlib", "zlib", "sqlite3", "numpy"];
-/// Builds of the axum server: profile, folder, and whether its symbols are taken away.
-const BUILDS: [(&str, &str, bool); 3] =
-    [("release", "release", false), ("fat-lto", "fat-lto", false), ("release, stripped", "release", true)];
+/// Of the axum server.
+const BUILDS: [(&str, TokioBuild); 3] =
+    [("release", TokioBuild::Release), ("fat-lto", TokioBuild::FatLto), ("release, stripped", TokioBuild::Stripped)];
 const ENOUGH: u64 = 1000;
 const MOST_TRIES: u32 = 4;
 
@@ -66,8 +66,8 @@ pub fn completeness(rig: &Rig, interpreters: Interpreters, seconds: u32) -> Resu
             measure(Subject { name: format!("CPython {version}: {kind}"), process, _load: None })?;
         }
     }
-    for (name, folder, stripped) in BUILDS {
-        measure(axum(rig, &workspace, (name, folder, stripped))?)?;
+    for (name, build) in BUILDS {
+        measure(axum(rig, name, build)?)?;
     }
     table(&["stacks", "captures", "complete", "%", "lost", "why not"], &rows);
     Ok(Value::Object(results))
@@ -179,20 +179,10 @@ fn python_programs(
     Ok(programs)
 }
 
-fn axum(rig: &Rig, workspace: &Workspace, (name, folder, stripped): (&str, &str, bool)) -> Result<Subject> {
-    let log = rig.folder.join("build-axum.log");
-    let mut build = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-    build.args(["build", "--package", "bench-axum", "--profile", folder]).current_dir(&workspace.root);
-    step::run(&format!("building bench-axum, profile {folder}"), &mut build, &log)?;
-    let mut program = workspace.target.join(folder).join("bench-axum");
-    if stripped {
-        let copy = rig.folder.join("bench-axum-stripped");
-        fs::copy(&program, &copy)?;
-        ensure!(Command::new("strip").arg("--strip-all").arg(&copy).status()?.success(), "strip failed");
-        program = copy;
-    }
+fn axum(rig: &Rig, name: &str, build: TokioBuild) -> Result<Subject> {
+    let programs = rig.build_tokio(build)?;
     let port = free_port()?;
-    let mut server = on_cpu(0, &program);
+    let mut server = on_cpu(0, &programs.server);
     server.args(["spawned", &port.to_string()]).stdin(Stdio::null());
     let process = Companion::start(&mut server)?;
     for _ in 0..100 {
@@ -201,7 +191,7 @@ fn axum(rig: &Rig, workspace: &Workspace, (name, folder, stripped): (&str, &str,
         }
         thread::sleep(Duration::from_millis(50));
     }
-    let mut load = on_cpu(1, &workspace.target.join(folder).join("bench-axum-load"));
+    let mut load = on_cpu(1, &programs.load);
     load.args([&port.to_string(), "12", "600", "7", "100"]).stdin(Stdio::null()).stdout(Stdio::null());
     Ok(Subject { name: format!("axum, {name}"), process, _load: Some(Companion::start(&mut load)?) })
 }

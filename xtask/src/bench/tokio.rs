@@ -1,0 +1,296 @@
+//! How right loopguard is about a server on tokio, and what it costs such a server.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpStream};
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value, json};
+
+use super::overhead::{Round, on_path, round_of, rounded, wrk};
+use super::rig::{Rig, Server, TokioBuild, TokioPrograms, cpu_time, free_port, on_cpu};
+use super::{median, output, quantile, table};
+use crate::step::say;
+
+const THRESHOLD: &str = "--threshold=10ms";
+const CONNECTIONS: &str = "16";
+const SEED: &str = "7";
+/// So many harmless requests show where polls end.
+const WARM_UP: usize = 60;
+/// Polls are marked for so long at most after loopguard came, to see where workers park.
+const SETTLED: Duration = Duration::from_millis(11_500);
+const ROUND_SECONDS: u32 = 2;
+/// Requests a second, for a server that has time to sleep.
+const RATE: u32 = 5000;
+
+struct Case {
+    name: &'static str,
+    build: TokioBuild,
+    runtime: &'static str,
+    /// Arguments behind the file of ground truth: `layer` for that of `loopguard-emit`.
+    options: &'static [&'static str],
+}
+
+const fn case(name: &'static str, build: TokioBuild, runtime: &'static str) -> Case {
+    Case { name, build, runtime, options: &[] }
+}
+
+const fn with_layer(case: Case) -> Case {
+    Case { options: &["layer"], ..case }
+}
+
+const CASES: [Case; 11] = [
+    case("release, multi-thread", TokioBuild::Release, "multi"),
+    case("release, current-thread", TokioBuild::Release, "current"),
+    case("release, everything in tasks", TokioBuild::Release, "spawned"),
+    with_layer(case("release, multi-thread, with the layer", TokioBuild::Release, "multi")),
+    with_layer(case("release, current-thread, with the layer", TokioBuild::Release, "current")),
+    case("release, stripped, multi-thread", TokioBuild::Stripped, "multi"),
+    case("release, stripped, current-thread", TokioBuild::Stripped, "current"),
+    case("fat LTO, multi-thread", TokioBuild::FatLto, "multi"),
+    case("fat LTO, current-thread", TokioBuild::FatLto, "current"),
+    case("fat LTO, stripped, multi-thread", TokioBuild::FatLtoStripped, "multi"),
+    case("fat LTO, stripped, current-thread", TokioBuild::FatLtoStripped, "current"),
+];
+
+pub fn accuracy(rig: &Rig, seconds: u32) -> Result<Value> {
+    let mut results = Map::new();
+    for case in &CASES {
+        let programs = rig.build_tokio(case.build)?;
+        say(&format!("{}, {seconds} s", case.name));
+        results.insert(case.name.to_owned(), one(rig, case, &programs, seconds)?);
+    }
+    let columns = [
+        ("blocks", "true_blocks"),
+        ("recall", "recall"),
+        ("one to one", "recall_one_to_one"),
+        ("precision", "precision"),
+        ("error median, ms", "duration_error_ms_median"),
+        ("attribution precision", "attribution_precision"),
+        ("attribution recall", "attribution_recall"),
+        ("background blamed", "background_blamed"),
+    ];
+    let rows: Vec<Vec<String>> = results
+        .iter()
+        .map(|(name, score)| {
+            let figures = columns.iter().map(|(_, field)| score["at_10ms"][field].to_string());
+            let ends = [&score["negatives_reported"], &score["lost_records"]].map(Value::to_string);
+            [name.clone()].into_iter().chain(figures).chain(ends).collect()
+        })
+        .collect();
+    let head: Vec<&str> =
+        ["at_10ms"].into_iter().chain(columns.map(|(title, _)| title)).chain(["negatives", "lost"]).collect();
+    table(&head, &rows);
+    Ok(Value::Object(results))
+}
+
+fn one(rig: &Rig, case: &Case, programs: &TokioPrograms, seconds: u32) -> Result<Value> {
+    let truth = rig.folder.join("truth-tokio.jsonl");
+    let truth_path = truth.to_str().context("a path that is no text")?;
+    let arguments = [&[truth_path][..], case.options].concat();
+    let server = serve(rig, programs, case.runtime, Placing::Anywhere, &arguments)?;
+    let watching = rig.attach(server.process.pid(), &[THRESHOLD])?;
+    for _ in 0..WARM_UP {
+        get(server.port, "/hello")?;
+    }
+    let mut load = std::process::Command::new(&programs.load);
+    load.args([&server.port.to_string(), CONNECTIONS, &seconds.to_string(), SEED]);
+    let sent: Value = serde_json::from_str(&output(&mut load).context("the load failed")?)?;
+    let events = watching.events.clone();
+    let summary = watching.stop()?;
+    // Its truth is whole when it has ended.
+    drop(server);
+    ensure!(summary["type"] == "summary", "loopguard ended without a summary");
+    let mut score: Value =
+        serde_json::from_str(&output(rig.script("score.py").arg(&truth).arg(&events)).context("the scorer failed")?)?;
+    let reported = fs::read_to_string(&events)?;
+    // What each figure comes from, for whoever wants to know why.
+    let kept = rig.folder.join(format!("tokio-{}.jsonl", case.name.replace([',', ' '], "-")));
+    fs::copy(&events, &kept)?;
+    fs::copy(&truth, kept.with_extension("truth"))?;
+    score["negatives_reported"] = json!(negatives(&reported));
+    score["load"] = sent;
+    for field in ["lost_records", "self_cpu_ms", "duration_s"] {
+        score[field] = summary[field].clone();
+    }
+    Ok(score)
+}
+
+/// Blocks that were charged to requests which block nobody: only where the host is not to blame.
+fn negatives(reported: &str) -> usize {
+    let blames_harmless = |line: &&str| {
+        let Ok(event) = serde_json::from_str::<Value>(line) else { return false };
+        let requests = event["requests"].as_array();
+        let paths = requests.into_iter().flatten().filter_map(|request| request["path"].as_str());
+        event["type"] == "block"
+            && event["event"] == "single"
+            && event["verdict"] != "host"
+            && paths.into_iter().any(|path| path.starts_with("/ok/"))
+    };
+    reported.lines().filter(blames_harmless).count()
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Placing {
+    Anywhere,
+    FirstCpu,
+}
+
+fn serve(rig: &Rig, programs: &TokioPrograms, runtime: &str, placing: Placing, arguments: &[&str]) -> Result<Server> {
+    let (port, log) = (free_port()?, rig.folder.join("server-tokio.log"));
+    let file = File::create(&log)?;
+    let mut command = match placing {
+        Placing::Anywhere => std::process::Command::new(&programs.server),
+        Placing::FirstCpu => on_cpu(0, &programs.server),
+    };
+    command
+        .args([runtime, &port.to_string()])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file);
+    Server::start(&mut command, None, port, &log)
+}
+
+/// A request without an id: the scorer leaves it out.
+fn get(port: u16, path: &str) -> Result<()> {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n")?;
+    stream.read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+/// Bare, healthy, closely watched and bare again, each under both loads: that often.
+pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
+    ensure!(on_path("wrk"), "this needs wrk: run `apt-get install wrk`");
+    let programs = rig.build_tokio(TokioBuild::Release)?;
+    let server = serve(rig, &programs, runtime, Placing::FirstCpu, &[])?;
+    let mut measured: BTreeMap<(&str, &str), Vec<Pair>> = BTreeMap::new();
+    let mut own_cpu = Vec::new();
+    say(&format!("hello world on {runtime}, {pairs} times bare, attached, closely watched and bare again"));
+    both_loads(&programs, &server, None)?;
+    for _ in 0..pairs {
+        let before = both_loads(&programs, &server, None)?;
+        let watching = rig.attach(server.process.pid(), &[])?;
+        let (pid, since) = (watching.process.pid(), Instant::now());
+        // Under load, so that it sees where workers park.
+        both_loads(&programs, &server, Some(pid))?;
+        thread::sleep(SETTLED.saturating_sub(since.elapsed()));
+        let (used, settled) = (cpu_time(pid)?, Instant::now());
+        let healthy = both_loads(&programs, &server, Some(pid))?;
+        own_cpu.push((cpu_time(pid)? - used).as_secs_f64() / settled.elapsed().as_secs_f64());
+        // From one block on it is watched closely for ten seconds.
+        get(server.port, BLOCK)?;
+        let closely = both_loads(&programs, &server, Some(pid))?;
+        let blocks = watching.stop()?["blocks"].as_u64().unwrap_or(0);
+        ensure!(blocks > 0, "loopguard saw no block: it did not watch closely");
+        if blocks > 1 {
+            say(&format!("it reported {blocks} blocks, not the one: the healthy time may not have been one"));
+        }
+        let after = both_loads(&programs, &server, None)?;
+        for (state, during) in [("attached", healthy), ("closely watched", closely)] {
+            for ((load, during), (before, after)) in LOADS.into_iter().zip(during).zip(before.into_iter().zip(after)) {
+                if before.valid && during.valid && after.valid {
+                    measured.entry((state, load)).or_default().push(Pair::of([before, after], during));
+                }
+            }
+        }
+    }
+    let mut results = Map::new();
+    let mut rows = Vec::new();
+    for ((state, load), pairs) in &measured {
+        let column = |figure: fn(&Pair) -> f64| pairs.iter().map(figure).collect::<Vec<_>>();
+        let spread = |values: &[f64], digits| {
+            json!([rounded(quantile(values, 0.25), digits), rounded(quantile(values, 0.75), digits)])
+        };
+        let (throughput, added, ratio) =
+            (column(|pair| pair.throughput_ratio), column(|pair| pair.added_cpu_us), column(|pair| pair.cpu_ratio));
+        let result = json!({
+            "valid_pairs": pairs.len(),
+            "bare_requests_per_second": median(&column(|pair| pair.bare.per_second)).round(),
+            "bare_cpu_us": rounded(median(&column(|pair| pair.bare.cpu_us)), 2),
+            "throughput_ratio": rounded(median(&throughput), 3),
+            "throughput_ratio_spread": spread(&throughput, 3),
+            "added_cpu_us": rounded(median(&added), 2),
+            "added_cpu_us_spread": spread(&added, 2),
+            "server_cpu_ratio": rounded(median(&ratio), 3),
+            "server_cpu_ratio_spread": spread(&ratio, 3),
+        });
+        let fields = [
+            "bare_cpu_us",
+            "added_cpu_us",
+            "added_cpu_us_spread",
+            "server_cpu_ratio",
+            "throughput_ratio",
+            "valid_pairs",
+        ];
+        let figures = fields.iter().map(|field| result[field].to_string());
+        rows.push([format!("{runtime}, {state}, {load}")].into_iter().chain(figures).collect());
+        results.insert(format!("{state}, {load}"), result);
+    }
+    let head = ["against bare", "CPU us/request", "added", "quartiles", "CPU ratio", "throughput", "valid pairs"];
+    table(&head, &rows);
+    results.insert("loopguard_cpu_percent".to_owned(), json!(rounded(median(&own_cpu) * 100.0, 2)));
+    results.insert("pairs".to_owned(), json!(pairs));
+    Ok(json!({ runtime: results }))
+}
+
+/// Longer than the threshold.
+const BLOCK: &str = "/block/sleep/150";
+const LOADS: [&str; 2] = ["wrk", "5000 requests a second"];
+
+fn both_loads(programs: &TokioPrograms, server: &Server, watcher: Option<u32>) -> Result<[Round; 2]> {
+    Ok([
+        round_of(server, watcher, || wrk(server, ROUND_SECONDS))?,
+        round_of(server, watcher, || {
+            let mut pace = on_cpu(1, &programs.pace);
+            pace.args([server.port.into(), 32, RATE, ROUND_SECONDS].map(|number: u32| number.to_string()));
+            let sent: Value = serde_json::from_str(&output(&mut pace).context("the paced load failed")?)?;
+            sent["answered"].as_f64().context("the paced load says no number")
+        })?,
+    ])
+}
+
+/// A round, and the bare ones around it.
+struct Pair {
+    bare: Round,
+    throughput_ratio: f64,
+    added_cpu_us: f64,
+    cpu_ratio: f64,
+}
+
+impl Pair {
+    fn of([before, after]: [Round; 2], during: Round) -> Self {
+        let bare = Round {
+            per_second: (before.per_second + after.per_second) / 2.0,
+            cpu_us: (before.cpu_us + after.cpu_us) / 2.0,
+            valid: true,
+        };
+        Self {
+            bare,
+            throughput_ratio: during.per_second / bare.per_second,
+            added_cpu_us: during.cpu_us - bare.cpu_us,
+            cpu_ratio: during.cpu_us / bare.cpu_us,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::negatives;
+
+    #[test]
+    fn only_what_is_charged_to_a_harmless_request_counts() {
+        let line = |path: &str, verdict: &str| {
+            format!(r#"{{"type":"block","event":"single","verdict":"{verdict}","requests":[{{"path":"{path}"}}]}}"#)
+        };
+        assert_eq!(negatives(&line("/ok/pool/30", "code")), 1);
+        assert_eq!(negatives(&line("/ok/pool/30", "host")), 0);
+        assert_eq!(negatives(&line("/block/sleep/30", "code")), 0);
+        assert_eq!(negatives(r#"{"type":"summary"}"#), 0);
+    }
+}
