@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use object::elf::{EM_AARCH64, EM_X86_64};
 
 pub use argument::{Operand, Unreadable, parse};
-pub use note::{Note, notes};
+pub use note::{BrokenNote, Note, notes};
 
 use super::elf::Image;
 use loopguard_common::request::{
@@ -86,10 +86,18 @@ pub struct Sites {
 /// The sites of the provider in `image`. A file without notes, or with notes of others, has none; one whose notes make
 /// no sense has unusable ones.
 pub fn sites(image: &Image) -> Sites {
+    match image.section_bytes(NOTES) {
+        Some((_, bytes)) => of_notes(image, notes(&bytes)),
+        None => Sites::default(),
+    }
+}
+
+fn of_notes(image: &Image, notes: impl Iterator<Item = Result<Note, BrokenNote>>) -> Sites {
     let mut sites = Sites::default();
-    let Some((_, bytes)) = image.section_bytes(NOTES) else { return sites };
-    for note in notes(&bytes) {
+    for note in notes {
         let site = match note {
+            // The linker dropped the code that the probe was in, and kept its note.
+            Ok(note) if note.provider == PROVIDER && note.site == 0 => continue,
             Ok(note) if note.provider == PROVIDER => site(image, &note),
             Ok(_) => continue,
             Err(error) => Err(error.to_string()),
@@ -187,6 +195,24 @@ mod tests {
         let exe = std::fs::read_link("/proc/self/exe").unwrap();
         let image = Image::open(pid, exe.to_str().unwrap(), &mappings(pid).unwrap()).unwrap();
         assert_eq!(sites(&image), Sites::default());
+    }
+
+    #[test]
+    fn a_probe_whose_code_was_dropped_is_none() {
+        let pid = std::process::id();
+        let exe = std::fs::read_link("/proc/self/exe").unwrap();
+        let image = Image::open(pid, exe.to_str().unwrap(), &mappings(pid).unwrap()).unwrap();
+        let note = |site| Note {
+            site,
+            base: 0,
+            semaphore: 0,
+            provider: PROVIDER.to_owned(),
+            probe: RequestProbe::ALL[0].name().to_owned(),
+            arguments: "nonsense".to_owned(),
+        };
+        let found = |note| of_notes(&image, [Ok(note)].into_iter());
+        assert_eq!(found(note(0)), Sites::default());
+        assert_eq!(found(note(16)).unusable, 1);
     }
 
     #[test]
