@@ -234,6 +234,35 @@ fn two_hundred_places_are_probed_quickly() {
     server.get("/hello", "alive");
 }
 
+/// Without symbols nothing says where tokio counts its tasks: new tasks show it.
+#[test]
+fn a_task_that_a_request_spawned_is_linked_to_it_without_symbols() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let stripped = stripped(Path::new(env!("CARGO_TARGET_TMPDIR")));
+    for runtime in ["multi", "current"] {
+        let server = Server::start(&stripped, runtime);
+        let watching = Watching::start(server.child.id(), &["--threshold", THRESHOLD]);
+        server.warm_up();
+        let spawned: Vec<String> = (0..6).map(|n| format!("spawned-{n}")).collect();
+        for id in &spawned {
+            server.get(&format!("/block/spawned/{BLOCK_MS}"), id);
+        }
+        let events = watching.stop();
+        for id in &spawned[3..] {
+            let linked: Vec<_> = events.blocks_of(id).collect();
+            assert_eq!(linked.len(), 1, "{runtime}: {id}: {:#?}", events.lines);
+            assert_eq!(linked[0]["attribution"], "inferred", "{runtime}: {:#}", linked[0]);
+        }
+        for block in events.blocks().filter(|block| block["verdict"] != "host") {
+            assert!(ids(block).iter().all(|id| id.starts_with("spawned-")), "{runtime}: {block:#}");
+        }
+    }
+    fs::remove_file(stripped).unwrap();
+}
+
 #[test]
 fn a_binary_that_was_replaced_on_disk_is_read_as_it_runs() {
     let _alone = alone();

@@ -6,11 +6,13 @@
 //! once a poll was seen, by the address it returns to ([`Tokio::poll_return`]).
 
 pub mod http;
+mod ids;
 mod name;
 mod vtable;
 
 use std::collections::{BTreeSet, HashMap};
 
+use ids::IdCounter;
 use thiserror::Error;
 use vtable::Vtable;
 
@@ -55,6 +57,8 @@ pub struct Tokio {
     blocking: Vec<ProbeSite>,
     tasks: Vec<TaskType>,
     next_id: Option<u64>,
+    /// What may count ids, as long as the former is not known.
+    id_counter: IdCounter,
     starts: Vec<u64>,
     image: Image,
 }
@@ -126,12 +130,16 @@ impl Tokio {
             blocking: Vec::new(),
             tasks: Vec::new(),
             next_id: None,
+            id_counter: IdCounter::default(),
             starts,
             image,
         };
         tokio.place(&vtables, &memory);
         if tokio.polls.is_empty() {
             return Err(NotUsable::NoSites(vtables.len()));
+        }
+        if tokio.next_id.is_none() {
+            tokio.id_counter = IdCounter::among(ids::counters(&tokio.image, &tokio.starts, &memory));
         }
         Ok(tokio)
     }
@@ -241,9 +249,18 @@ impl Tokio {
         &self.blocking
     }
 
-    /// Where the next task id stands, when the program says so.
+    /// Where the next task id stands, as far as that is known: a symbol says it, or the ids of tasks that were seen.
     pub fn next_id(&self) -> Option<u64> {
         self.next_id
+    }
+
+    /// Takes the ids of tasks that polls were seen of. Whether that told [where the next one stands](Self::next_id).
+    pub fn saw_ids(&mut self, ids: impl IntoIterator<Item = u64>, memory: &ProcessMemory) -> bool {
+        if self.next_id.is_some() || !self.id_counter.is_open() {
+            return false;
+        }
+        self.next_id = self.id_counter.look(ids, |address| memory.u64(address).ok());
+        self.next_id.is_some()
     }
 
     /// Where polls end that return to `address`.

@@ -353,6 +353,7 @@ impl Live {
         self.kernel.flush_log();
         self.relax();
         self.end_learning();
+        self.look_at_task_ids();
         self.let_go(events);
         events.push(Event::TimePassed { now_ns: process::monotonic_ns() });
         self.tend_requests();

@@ -13,6 +13,7 @@ use loopguard_common::{
 use super::{Live, Steps};
 use crate::{
     core::event::{Capture, How, OffCpu, Owner, RequestFacts, Runtime, Stack, Tid},
+    runtime::memory::ProcessMemory,
     runtime::tokio::{
         self, NotUsable, ReturnSite, Tokio,
         http::{self, NotHttp},
@@ -207,6 +208,7 @@ impl Live {
     /// A long poll has ended: its step follows.
     pub(super) fn task(&mut self, record: &TaskRecord) {
         let (pid, tid) = (record.header.tgid, record.header.tid);
+        self.saw_task_ids(pid, &[record.task_id]);
         let trail = (record.has_trail != 0).then_some(&record.trail);
         let owner = self.owner_of_task(pid, (record.task_type as u16, record.task_id), trail);
         let Some(known) = self.loops.get_mut(&tid) else { return };
@@ -307,8 +309,8 @@ impl Live {
     }
 }
 
-fn park_of(kernel: &Kernel, tid: Tid) -> Park {
-    kernel.worker(tid).map_or((0, 0), |worker| (worker.park_sp, worker.park_futex))
+fn seen_idle(kernel: &Kernel, tid: Tid) -> u64 {
+    kernel.worker(tid).map_or(0, |worker| worker.seen_idle)
 }
 
 fn of_record(trail: &Trail) -> http::Trail<'_> {
