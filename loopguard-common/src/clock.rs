@@ -17,6 +17,11 @@ const WAITING: u32 = 1;
 const WAITING_GIL: u32 = 2;
 const RUNNABLE: u32 = 3;
 
+/// A value of [`LoopClock::polling`].
+const POLLS: u32 = 1;
+/// The same: it may as well be blocked, and nobody can tell.
+const MAY_POLL: u32 = 2;
+
 /// The fields that every edge touches come first: they share two cache lines, which is what an edge costs.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,8 +47,8 @@ pub struct LoopClock {
     pub step_flags: u32,
     /// Entries of `waits` in use.
     pub wait_count: u32,
-    /// The thread sleeps in its own poll call.
-    pub polling: u32,
+    /// Whether the thread sleeps in its own poll call: 0, [`POLLS`] or [`MAY_POLL`].
+    polling: u32,
     /// The capture buffer holds what was taken at the last switch-out.
     pub capture_pending: u32,
     pub wait_syscall: i32,
@@ -83,6 +88,8 @@ pub enum SwitchOut {
     Preempted,
     /// It sleeps in its own poll: it is idle.
     Polls,
+    /// It sleeps there or waits for something, and nobody can tell: it is taken for idle.
+    MayPoll,
     Waits {
         syscall: i32,
         arg0: u64,
@@ -117,7 +124,7 @@ impl LoopClock {
 
     /// Of a thread that sleeps in its own poll: when it runs again, a tick begins.
     pub fn idle() -> Self {
-        Self { polling: 1, ..Self::default() }
+        Self { polling: POLLS, ..Self::default() }
     }
 
     /// Off the CPU because it waits, not because it has none.
@@ -163,6 +170,12 @@ impl LoopClock {
         if self.polling != 0 {
             self.begin_tick(now);
         }
+    }
+
+    /// How long a thread has slept until `now` that was taken for idle without anybody knowing.
+    #[inline(always)]
+    pub fn unclear_sleep_ns(&self, now: u64) -> Option<u64> {
+        (self.polling == MAY_POLL).then(|| now.saturating_sub(self.mark_ns))
     }
 
     /// Ends the current step; its waits and split stay readable until the next edge.
@@ -224,11 +237,11 @@ impl LoopClock {
         self.account(now);
         match why {
             SwitchOut::Preempted => self.state = RUNNABLE,
-            SwitchOut::Polls => {
+            SwitchOut::Polls | SwitchOut::MayPoll => {
                 self.state = RUNNABLE;
                 self.step_seq += 1;
                 self.tick_start_ns = 0;
-                self.polling = 1;
+                self.polling = if matches!(why, SwitchOut::Polls) { POLLS } else { MAY_POLL };
             }
             SwitchOut::Waits { syscall, arg0, gil } => {
                 self.state = if gil { WAITING_GIL } else { WAITING };

@@ -30,6 +30,7 @@ pub enum RecordKind {
     Task = 8,
     TaskReturn = 9,
     Process = 10,
+    UnclearWait = 11,
 }
 
 #[repr(C)]
@@ -304,13 +305,24 @@ pub struct TaskRecord {
     pub trail: Trail,
 }
 
-/// A poll returns to a place that is not marked yet; with no address: a wait is unclear while polls are not marked.
+/// A poll returns to a place that is not marked yet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TaskReturnRecord {
     pub header: RecordHeader,
     pub address: u64,
 }
+
+/// While polls were not marked a worker waited, and whether it parked there or was blocked is not known.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnclearWaitRecord {
+    pub header: RecordHeader,
+    /// 0: it has only begun, and where the worker parks was never seen.
+    pub waited_ns: u64,
+}
+
+const _: () = assert!(size_of::<UnclearWaitRecord>() == 24);
 
 /// Step probes on this thread's own `Context.run` may nest: a deeper one belongs to the same step.
 pub const THREAD_STEPS_NEST: u32 = 1;

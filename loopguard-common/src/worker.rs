@@ -6,7 +6,7 @@
 //! at which the worker parks is remembered for the time when they are not.
 
 use crate::{
-    clock::{EndedStep, LoopClock},
+    clock::{EndedStep, LoopClock, SwitchOut},
     records::STEP_PROBED,
 };
 
@@ -20,6 +20,8 @@ pub const WORKER_HOLDS_STEP: u32 = 4;
 pub const WORKER_JUST_POLLED: u32 = 8;
 /// The thread has parked since its last poll.
 pub const WORKER_PARKED: u32 = 16;
+/// A poll has begun since polls are marked: from then on it is known whether one runs.
+pub const WORKER_POLLED: u32 = 32;
 
 /// By slot, beside the clock.
 #[repr(C)]
@@ -34,6 +36,11 @@ pub struct Worker {
     /// Of a park on a futex: the stack pointer, and the futex.
     pub park_sp: u64,
     pub park_futex: u64,
+    /// The same of a wait for tasks of the blocking pool.
+    pub pool_sp: u64,
+    pub pool_futex: u64,
+    /// How often the thread was seen to be idle in one of these two ways while polls were marked.
+    pub seen_idle: u64,
     /// Its type, by the index that user space gave it.
     pub task_type: u32,
     /// `WORKER_*`.
@@ -42,7 +49,7 @@ pub struct Worker {
     pub woke: [u32; 4],
 }
 
-const _: () = assert!(size_of::<Worker>() == 64);
+const _: () = assert!(size_of::<Worker>() == 88);
 
 /// A poll that begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +83,14 @@ pub enum FutexMeaning {
     Unclear,
 }
 
+impl FutexMeaning {
+    /// Of one that leaves the thread idle.
+    #[inline(always)]
+    pub fn switch_out(self) -> SwitchOut {
+        if matches!(self, Self::Unclear) { SwitchOut::MayPoll } else { SwitchOut::Polls }
+    }
+}
+
 /// What comes of a poll that begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begun {
@@ -100,7 +115,7 @@ impl Worker {
         if !clock.in_tick() {
             clock.begin_tick(now);
         }
-        self.flags &= !(WORKER_AWAY | WORKER_POLL_WITHOUT_END);
+        self.flags = self.flags & !(WORKER_AWAY | WORKER_POLL_WITHOUT_END) | WORKER_POLLED;
         if !poll.has_end {
             self.flags |= WORKER_POLL_WITHOUT_END;
         }
@@ -137,29 +152,43 @@ impl Worker {
         if self.flags & WORKER_AWAY != 0 {
             return FutexMeaning::Leaves;
         }
-        let known_park = wait.address == self.park_futex && wait.sp == self.park_sp;
-        if wait.marked {
+        let is_park = wait.address == self.park_futex && wait.sp == self.park_sp;
+        if wait.marked && self.flags & WORKER_POLLED != 0 {
             if self.polls(clock) {
                 return FutexMeaning::Waits;
             }
             if self.flags & WORKER_POLL_WITHOUT_END != 0 {
                 return FutexMeaning::Unclear;
             }
+            self.seen_idle += 1;
             // Only an idle thread of the blocking pool gives up after a while.
-            if wait.has_timeout && !known_park {
+            if wait.has_timeout && !is_park {
+                self.pool_sp = wait.sp;
+                self.pool_futex = wait.address;
                 return FutexMeaning::Leaves;
             }
             self.park_sp = wait.sp;
             self.park_futex = wait.address;
             return FutexMeaning::Parks;
         }
-        if known_park {
-            FutexMeaning::Parks
-        } else if self.park_futex == 0 || wait.address == self.park_futex || wait.has_timeout {
-            FutexMeaning::Unclear
-        } else {
-            FutexMeaning::Waits
+        if !wait.marked {
+            self.flags &= !WORKER_POLLED;
         }
+        if is_park {
+            FutexMeaning::Parks
+        } else if wait.address == self.pool_futex && wait.sp == self.pool_sp {
+            FutexMeaning::Leaves
+        } else if self.knows_park() && wait.address != self.park_futex && !wait.has_timeout {
+            FutexMeaning::Waits
+        } else {
+            FutexMeaning::Unclear
+        }
+    }
+
+    /// Whether the thread was ever seen to park on a futex.
+    #[inline(always)]
+    pub fn knows_park(&self) -> bool {
+        self.park_futex != 0
     }
 }
 
@@ -220,7 +249,6 @@ unsafe impl aya::Pod for ReturnPlace {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::SwitchOut;
 
     const MS: u64 = 1_000_000;
     const START: u64 = 1000 * MS;
@@ -242,7 +270,12 @@ mod tests {
             match words[1] {
                 "unmarked" => marked = false,
                 "marked" => marked = true,
-                "runs" => clock.switch_in(now),
+                "runs" => {
+                    if let Some(waited) = clock.unclear_sleep_ns(now) {
+                        told.push(format!("unclear for {}", waited / MS));
+                    }
+                    clock.switch_in(now);
+                }
                 "poll" | "poll-without-end" => {
                     let has_end = words[1] == "poll";
                     let poll = Poll { sp: number(3), task_id: number(2), task_type: 0, has_end };
@@ -275,7 +308,7 @@ mod tests {
                             if clock.in_tick() {
                                 tell(clock.end_step(now), &running, &mut told);
                                 clock.end_tick(now);
-                                clock.switch_out(now, SwitchOut::Polls);
+                                clock.switch_out(now, meaning.switch_out());
                             }
                             worker.parks();
                         }
@@ -342,7 +375,56 @@ mod tests {
         check(&format!("{learned} 20 runs\n 25 futex 500 800"), &expected(&["Unclear", "20..25 -"]));
         check(&format!("{learned} 20 runs\n 25 futex 123 800 timeout"), &expected(&["Unclear", "20..25 -"]));
         check("1 unmarked\n 10 runs\n 20 futex 500 900", &["Unclear", "10..20 -"]);
+        // Where the pool's threads wait is remembered as well.
+        check(
+            &format!(
+                "{learned} 20 marked\n 20 runs\n 25 poll 8 1000\n 26 end 1008\n 26 futex 123 800 timeout\n\
+                      27 runs\n 27 poll 9 1000\n 28 end 1008\n 28 unmarked\n 29 futex 123 800 timeout"
+            ),
+            &expected(&["20..25 -", "25..26 task 8", "Leaves", "27..28 task 9", "Leaves"]),
+        );
         check("10 runs\n 11 poll-without-end 7 1000\n 20 futex 500 900", &["10..11 -", "Unclear", "11..20 -"]);
+    }
+
+    #[test]
+    fn an_unclear_wait_is_measured() {
+        let learned = "10 runs\n 11 poll 7 1000\n 12 end 1008\n 13 futex 500 900\n 20 unmarked\n";
+        check(
+            &format!("{learned} 20 runs\n 25 futex 500 800\n 85 runs\n 86 futex 500 900\n 90 runs"),
+            &[
+                "10..11 -",
+                "11..12 task 7",
+                "Parks",
+                "12..13 -",
+                "Unclear",
+                "20..25 -",
+                "unclear for 60",
+                "Parks",
+                "85..86 -",
+            ],
+        );
+    }
+
+    #[test]
+    fn a_poll_that_ran_before_polls_were_marked_teaches_no_park() {
+        // It waits for something of its own; the park that is known stays.
+        check(
+            "10 runs\n 11 poll 7 1000\n 12 end 1008\n 13 futex 500 900\n 20 unmarked\n 20 runs\n 21 futex 500 900\n\
+             30 runs\n 31 marked\n 32 futex 123 800\n 52 runs\n 53 poll 8 1000\n 54 end 1008\n 55 futex 500 900",
+            &[
+                "10..11 -",
+                "11..12 task 7",
+                "Parks",
+                "12..13 -",
+                "Parks",
+                "20..21 -",
+                "Waits",
+                "30..53 -",
+                "53..54 task 8",
+                "Parks",
+                "54..55 -",
+            ],
+        );
     }
 
     #[test]

@@ -196,6 +196,9 @@ fn futex_syscall() -> i32 {
 fn switched_in(target: Watched) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
+    if target.clock.unclear_sleep_ns(now).is_some() {
+        task::task_goes_on(target.slot, target.thread.tid, now);
+    }
     target.clock.switch_in(now);
     if target.clock.capture_pending == 0 {
         return;

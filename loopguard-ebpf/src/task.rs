@@ -18,10 +18,11 @@ use aya_ebpf::{
     programs::{ProbeContext, TracePointContext},
 };
 use loopguard_common::{
-    clock::{EndedStep, SwitchOut},
+    clock::EndedStep,
     records::{
         Counter, NO_SLOT, PollRecord, RecordHeader, RecordKind, STEP_PROBED, STEP_WITHOUT_END, StepRecord,
         THREAD_PARKS_ON_FUTEX, THREAD_STEPS_TASK, THREAD_TELLS_SHORT, THREAD_TOKIO, TaskRecord, TaskReturnRecord,
+        UnclearWaitRecord,
     },
     trail::{Read, TRAIL_ANSWER, TRAIL_PIECE, TRAIL_START, TaskKey, Trail, is_answer},
     worker::{
@@ -162,17 +163,15 @@ fn return_place(place: &ReturnPlace, tid: u32, is_first: bool) -> u32 {
     }
     let value = PLACE_REPORTED | if is_first { PLACE_OF_FIRST_POLLS } else { 0 };
     if RETURNS.insert(place, value, 0).is_ok() {
-        report_return(
-            RecordHeader { kind: RecordKind::TaskReturn as u32, tgid: place.tgid, tid, _pad: 0 },
-            place.address,
-        );
+        report_return(place, tid);
     }
     0
 }
 
 #[inline(never)]
-fn report_return(header: RecordHeader, address: u64) {
-    let sent = RECORDS.output::<TaskReturnRecord>(&TaskReturnRecord { header, address }, 0);
+fn report_return(place: &ReturnPlace, tid: u32) {
+    let header = RecordHeader { kind: RecordKind::TaskReturn as u32, tgid: place.tgid, tid, _pad: 0 };
+    let sent = RECORDS.output::<TaskReturnRecord>(&TaskReturnRecord { header, address: place.address }, 0);
     count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }
 
@@ -477,8 +476,8 @@ fn futex_meaning(target: &Watched, at: u64) -> FutexMeaning {
         marked: target.thread.flags & THREAD_STEPS_TASK != 0,
     };
     let meaning = worker.futex_waits(target.clock, wait);
-    if meaning == FutexMeaning::Unclear && !wait.marked {
-        report_unclear(target, at);
+    if meaning == FutexMeaning::Unclear && !wait.marked && !worker.knows_park() {
+        report_unclear(target, at, 0);
     }
     meaning
 }
@@ -499,19 +498,41 @@ fn idles(target: Watched, at: u64, meaning: FutexMeaning) {
         release(&target, worker);
     }
     worker.parks();
-    target.clock.switch_out(at, SwitchOut::Polls);
+    target.clock.switch_out(at, meaning.switch_out());
+}
+
+/// A thread goes on after a sleep that may have been a block: a long one is reported, if it was seen to park elsewhere.
+///
+/// A global function, like [`task_idles`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn task_goes_on(slot: u32, tid: u32, now: u64) -> u32 {
+    if let Some(target) = at_slot(slot, tid)
+        && let Some(worker) = worker(slot)
+        && let Some(slept_ns) = target.clock.unclear_sleep_ns(now)
+        && slept_ns >= target.thread.capture_age_ns
+        && worker.knows_park()
+    {
+        report_unclear(&target, now, slept_ns);
+    }
+    0
 }
 
 #[inline(never)]
-fn report_unclear(target: &Watched, at: u64) {
+fn report_unclear(target: &Watched, now: u64, waited_ns: u64) {
     // SAFETY: a word that is replaced whole.
-    if unsafe { REPORTED_POLLS.get(target.thread.tid) }.is_some_and(|last| at - *last < REPORT_AGAIN_NS) {
+    if unsafe { REPORTED_POLLS.get(target.thread.tid) }.is_some_and(|last| now - *last < REPORT_AGAIN_NS) {
         return;
     }
-    let _ = REPORTED_POLLS.insert(target.thread.tid, at, 0);
-    let header =
-        RecordHeader { kind: RecordKind::TaskReturn as u32, tgid: target.thread.tgid, tid: target.thread.tid, _pad: 0 };
-    report_return(header, 0);
+    let _ = REPORTED_POLLS.insert(target.thread.tid, now, 0);
+    let header = RecordHeader {
+        kind: RecordKind::UnclearWait as u32,
+        tgid: target.thread.tgid,
+        tid: target.thread.tid,
+        _pad: 0,
+    };
+    let sent = RECORDS.output::<UnclearWaitRecord>(&UnclearWaitRecord { header, waited_ns }, 0);
+    count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }
 
 /// The length, but less than `END`, a power of two: in a form that the verifier of every kernel sees the bounds of. The

@@ -4,7 +4,7 @@ use std::mem::{MaybeUninit, offset_of, size_of};
 
 use loopguard_common::records::{
     CAPTURE_BASE, CaptureRecord, MAX_FRAMES, PollRecord, ProcessRecord, RawFrame, RecordKind, StackPage, StepRecord,
-    TaskRecord, TaskReturnRecord,
+    TaskRecord, TaskReturnRecord, UnclearWaitRecord,
 };
 use loopguard_common::request::{RequestEndRecord, RequestRouteRecord, RequestStartRecord};
 
@@ -19,6 +19,7 @@ pub enum Record {
     RequestEnd(Box<RequestEndRecord>),
     Task(Box<TaskRecord>),
     TaskReturn(TaskReturnRecord),
+    UnclearWait(UnclearWaitRecord),
     Process(ProcessRecord),
 }
 
@@ -48,6 +49,9 @@ pub fn decode(bytes: &[u8]) -> Result<Record, UnknownRecord> {
     } else if kind == RecordKind::TaskReturn as u32 {
         // SAFETY: as above.
         unsafe { whole::<TaskReturnRecord>(bytes) }.map(Record::TaskReturn).ok_or(unknown)
+    } else if kind == RecordKind::UnclearWait as u32 {
+        // SAFETY: as above.
+        unsafe { whole::<UnclearWaitRecord>(bytes) }.map(Record::UnclearWait).ok_or(unknown)
     } else if kind == RecordKind::Process as u32 {
         // SAFETY: as above.
         unsafe { whole::<ProcessRecord>(bytes) }.map(Record::Process).ok_or(unknown)

@@ -314,6 +314,7 @@ impl Live {
                 Ok(Record::RequestEnd(record)) => events.push(self.request_ended(&record)),
                 Ok(Record::Task(record)) => self.task(&record),
                 Ok(Record::TaskReturn(record)) => self.task_return(&record),
+                Ok(Record::UnclearWait(record)) => self.unclear_wait(&record),
                 Ok(Record::Poll(record)) => {
                     let found = Poll {
                         pid: record.header.tgid,

@@ -4,8 +4,8 @@ use std::{collections::VecDeque, sync::Arc};
 
 use loopguard_common::{
     records::{
-        STEP_PROBED, STEP_WITHOUT_END, StepRecord, THREAD_PARKS_ON_FUTEX, THREAD_STEPS_TASK, THREAD_TOKIO, TaskRecord,
-        TaskReturnRecord,
+        RecordHeader, STEP_PROBED, STEP_WITHOUT_END, StepRecord, THREAD_PARKS_ON_FUTEX, THREAD_STEPS_TASK,
+        THREAD_TOKIO, TaskRecord, TaskReturnRecord, UnclearWaitRecord,
     },
     trail::Trail,
 };
@@ -35,15 +35,12 @@ pub(super) struct TokioTarget {
     returns: Vec<(u64, ReturnSite)>,
     /// Since when its polls are marked.
     marked_since_ns: Option<u64>,
-    /// Workers whose park is to be seen, and until when at the latest.
-    learning: Vec<(Tid, Park)>,
+    /// Workers that are to be seen idle, with how often they were before, and until when at the latest.
+    learning: Vec<(Tid, u64)>,
     learns_until_ns: u64,
     /// It was said that requests of this kind can't be read.
     said: Vec<NotHttp>,
 }
-
-/// Where a worker was last known to park: the stack pointer, and the futex.
-type Park = (u64, u64);
 
 /// Whose the long polls of one thread were, by the number of the step.
 pub(super) type PollOwners = VecDeque<(u64, Owner)>;
@@ -121,11 +118,22 @@ impl Live {
         }
     }
 
+    /// A worker is watched as the others of its process are.
     pub(super) fn mark_polls_of_thread(&mut self, tid: Tid) {
         let Some(pid) = self.loops.get(&tid).map(|known| known.info.pid) else { return };
-        let marked = self.targets.get(&pid).and_then(|target| target.tokio.as_ref()?.marked_since_ns).is_some();
-        if marked {
-            let _ = self.kernel.update_thread(tid, |thread| thread.flags |= THREAD_STEPS_TASK);
+        let Some(known) = self.targets.get(&pid).and_then(|target| target.tokio.as_ref()) else { return };
+        let flag = if known.marked_since_ns.is_some() { THREAD_STEPS_TASK } else { 0 };
+        let _ = self.kernel.update_thread(tid, |thread| thread.flags = thread.flags & !THREAD_STEPS_TASK | flag);
+    }
+
+    /// While polls are not marked a worker waits, and it is not clear for what.
+    pub(super) fn unclear_wait(&mut self, record: &UnclearWaitRecord) {
+        let RecordHeader { tgid, tid, .. } = record.header;
+        if record.waited_ns == 0 {
+            self.learn_park(tgid, tid);
+        } else {
+            // It may have been a block that nobody saw: the next one will be seen.
+            self.watch_closely(tgid);
         }
     }
 
@@ -139,7 +147,7 @@ impl Live {
         }
         let Some(known) = target.tokio.as_mut() else { return };
         if !known.learning.iter().any(|(learning, _)| *learning == tid) {
-            known.learning.push((tid, park_of(&self.kernel, tid)));
+            known.learning.push((tid, seen_idle(&self.kernel, tid)));
         }
         known.learns_until_ns = process::monotonic_ns() + LEARN_AT_MOST_NS;
         self.mark_polls(pid);
@@ -157,7 +165,7 @@ impl Live {
             let Some(known) = target.tokio.as_mut().filter(|known| !known.learning.is_empty()) else { continue };
             known
                 .learning
-                .retain(|(tid, before)| self.loops.contains_key(tid) && park_of(&self.kernel, *tid) == *before);
+                .retain(|(tid, before)| self.loops.contains_key(tid) && seen_idle(&self.kernel, *tid) == *before);
             if known.learns_until_ns <= now {
                 known.learning.clear();
             }
@@ -182,13 +190,9 @@ impl Live {
         }
     }
 
-    /// Polls return to a place that nobody has seen before, or a thread waits and it is not clear for what.
+    /// Polls return to a place that nobody has seen before.
     pub(super) fn task_return(&mut self, record: &TaskReturnRecord) {
         let pid = record.header.tgid;
-        if record.address == 0 {
-            self.learn_park(pid, record.header.tid);
-            return;
-        }
         let Some(known) = self.targets.get_mut(&pid).and_then(|target| target.tokio.as_mut()) else { return };
         if known.returns.iter().any(|(address, _)| *address == record.address) || known.returns.len() >= MAX_RETURNS {
             return;
@@ -202,6 +206,29 @@ impl Live {
         if let Err(error) = placed {
             self.notices
                 .push(format!("process {pid}: some polls cannot be marked ({error}); their blocks are found by ticks"));
+        }
+    }
+
+    /// Looks which tasks workers poll.
+    pub(super) fn look_at_task_ids(&mut self) {
+        let is_marked = |target: &TokioTarget| target.marked_since_ns.is_some() && target.tokio.next_id().is_none();
+        let marked = self.targets.iter().filter(|(_, target)| target.tokio.as_ref().is_some_and(is_marked));
+        for pid in marked.map(|(pid, _)| *pid).collect::<Vec<_>>() {
+            let workers = self.loops.values().filter(|known| known.info.pid == pid);
+            let ids = workers.filter_map(|known| Some(self.kernel.worker(known.info.tid)?.task_id)).collect::<Vec<_>>();
+            self.saw_task_ids(pid, &ids);
+        }
+    }
+
+    /// Where no symbol says which word counts task ids, those that are seen tell.
+    fn saw_task_ids(&mut self, pid: u32, ids: &[u64]) {
+        let Some(known) = self.targets.get_mut(&pid).and_then(|target| target.tokio.as_mut()) else { return };
+        if !known.tokio.saw_ids(ids.iter().copied(), &ProcessMemory { pid }) {
+            return;
+        }
+        let task_ids = self.task_ids(pid);
+        for known in self.loops.values().filter(|known| known.info.pid == pid) {
+            let _ = self.kernel.update_thread(known.info.tid, |thread| thread.task_ids = task_ids);
         }
     }
 
