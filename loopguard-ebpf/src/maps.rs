@@ -62,7 +62,7 @@ static CLOCKS: Array<LoopClock> = Array::with_max_entries(64, 0);
 #[map]
 static CAPTURES: Array<CaptureBuffer> = Array::with_max_entries(64, 0);
 
-/// When a thread that runs requests and is not watched was last reported, by tid.
+/// When a thread that runs requests or polls tasks and is not watched was last reported, by tid.
 #[map]
 pub static REPORTED_THREADS: LruHashMap<u32, u64> = LruHashMap::with_max_entries(1024, 0);
 
@@ -95,14 +95,15 @@ pub fn mark_watched(id: u32) {
     }
 }
 
-/// Watches the current thread from this moment, the call of its own poll, on. `None`: all slots are taken.
+/// Watches the current thread from this moment on: it calls its own poll, or polls a task. `flags`: `THREAD_*`. `None`:
+/// all slots are taken.
 #[inline(always)]
-pub fn watch_from_poll((tgid, tid): (u32, u32), epoll_fd: i32, now: u64) -> Option<u32> {
+pub fn watch_from_poll((tgid, tid): (u32, u32), epoll_fd: i32, flags: u32, now: u64) -> Option<u32> {
     let slot = FREE_SLOTS.pop().ok()??;
     let (new, thread, clock) = (NEW_THREAD.get(0)?, THREADS.get_ptr_mut(slot)?, CLOCKS.get_ptr_mut(slot)?);
     // SAFETY: entries of arrays are never taken away, and a slot from the pool is nobody else's.
     unsafe {
-        *thread = LoopThread { tid, tgid, epoll_fd, ..*new };
+        *thread = LoopThread { tid, tgid, epoll_fd, flags, ..*new };
         (*clock).begin_tick(now);
     }
     if SLOTS.insert(tid, slot, u64::from(BPF_NOEXIST)).is_err() {

@@ -77,7 +77,7 @@ fn report_unknown(ctx: &TracePointContext, unknown: Unknown) {
     } else {
         let _ = REPORTED_POLLS.insert(tid, now, 0);
         if is_unwatched && *process == PROCESS_BEFORE_POLLS {
-            slot = watch_from_poll((tgid, tid), epoll_fd, now);
+            slot = watch_from_poll((tgid, tid), epoll_fd, 0, now);
         }
     }
     // SAFETY: the number word and an argument of a system call's tracepoint, likewise.

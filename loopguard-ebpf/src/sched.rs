@@ -187,7 +187,7 @@ fn is_parked(target: &Watched, syscall: i32) -> bool {
 }
 
 #[inline(always)]
-fn futex_syscall() -> i32 {
+pub fn futex_syscall() -> i32 {
     // SAFETY: set before the program is loaded: it must be read, not taken for what stands there.
     unsafe { core::ptr::read_volatile(&raw const FUTEX_SYSCALL) }
 }

@@ -32,7 +32,12 @@ use loopguard_common::{
 };
 
 use crate::{
-    maps::{PROCESSES, RECORDS, REPORTED_POLLS, Watched, at_slot, count, maybe_watched, watched},
+    capture::current_syscall,
+    maps::{
+        PROCESSES, RECORDS, REPORTED_POLLS, REPORTED_THREADS, Watched, at_slot, count, maybe_watched, watch_from_poll,
+        watched,
+    },
+    sched::futex_syscall,
     send,
 };
 
@@ -64,6 +69,8 @@ const MAX_SPAWNED: u64 = 4;
 /// asm/unistd_64.h
 const SYSCALL_READV: u64 = 19;
 const SYSCALL_WRITEV: u64 = 20;
+const SYSCALL_CLONE: i32 = 56;
+const SYSCALL_CLONE3: i32 = 435;
 /// uapi/linux/futex.h: the operations that wait, and the bits that are none of the operation.
 const FUTEX_COMMAND: u32 = 0x7f;
 const FUTEX_WAIT: u32 = 0;
@@ -100,11 +107,7 @@ fn now() -> u64 {
 pub fn on_task_poll(ctx: ProbeContext) -> u32 {
     let id = bpf_get_current_pid_tgid();
     let (tgid, tid) = ((id >> 32) as u32, id as u32);
-    let Some(target) = watched(tid) else {
-        becomes_worker(tid);
-        report_worker(tgid, tid);
-        return 0;
-    };
+    let Some(target) = watched(tid).or_else(|| new_worker(tgid, tid)) else { return 0 };
     if target.thread.flags & THREAD_STEPS_TASK == 0 {
         return 0;
     }
@@ -175,21 +178,35 @@ fn report_return(place: &ReturnPlace, tid: u32) {
     count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }
 
-/// A thread polls tasks and is not watched yet.
+/// A thread polls a task and is not watched yet. In a process whose polls are marked that is a new worker, as
+/// `block_in_place` makes them: it is watched from here on, since this very poll may be long.
+#[inline(always)]
+fn new_worker(tgid: u32, tid: u32) -> Option<Watched> {
+    becomes_worker(tid);
+    if watch_worker(tgid, tid) == 0 {
+        return None;
+    }
+    watched(tid)
+}
+
 #[inline(never)]
-fn report_worker(tgid: u32, tid: u32) {
+fn watch_worker(tgid: u32, tid: u32) -> u32 {
     if !maybe_watched(tgid) {
-        return;
+        return 0;
     }
     let now = now();
     // SAFETY: only whether the entry exists matters, or a word that is replaced whole.
-    let (process, reported) = unsafe { (PROCESSES.get(tgid), REPORTED_POLLS.get(tid)) };
+    let (process, reported) = unsafe { (PROCESSES.get(tgid), REPORTED_THREADS.get(tid)) };
     if process.is_none() || reported.is_some_and(|at| now - *at < REPORT_AGAIN_NS) {
-        return;
+        return 0;
     }
-    let _ = REPORTED_POLLS.insert(tid, now, 0);
+    let _ = REPORTED_THREADS.insert(tid, now, 0);
+    let flags = THREAD_TOKIO | THREAD_STEPS_TASK | THREAD_PARKS_ON_FUTEX;
+    let slot = watch_from_poll((tgid, tid), -1, flags, now);
     let header = RecordHeader { kind: RecordKind::Poll as u32, tgid, tid, _pad: 0 };
-    send::poll(&PollRecord { header, at_ns: now, epoll_fd: -1, syscall: -1, timeout_ms: -1, slot: NO_SLOT });
+    let slot_or_none = slot.unwrap_or(NO_SLOT);
+    send::poll(&PollRecord { header, at_ns: now, epoll_fd: -1, syscall: -1, timeout_ms: -1, slot: slot_or_none });
+    u32::from(slot.is_some())
 }
 
 /// The code behind the call of a poll function is reached. The cookie says how far the stack pointer has moved since.
@@ -306,13 +323,15 @@ fn is_worker(tid: u32) -> bool {
     watched(tid).is_some_and(|target| worker(target.slot).is_some_and(|worker| worker.flags & WORKER_AWAY == 0))
 }
 
-/// The current thread makes another one runnable; only those of its own process matter.
+/// The current thread makes another one runnable; only those of its own process matter, and only if it means to: a timer
+/// that ends another thread's sleep wakes that one on whatever thread it interrupts.
 #[inline(always)]
 pub fn wakes(woken: u32, tgid: u32) {
     if let Some(target) = watched(bpf_get_current_pid_tgid() as u32)
         && target.thread.flags & THREAD_PARKS_ON_FUTEX != 0
         && target.thread.tgid == tgid
         && target.clock.step_flags & STEP_PROBED != 0
+        && wakes_or_starts_threads(current_syscall().number)
         && !is_worker(woken)
         && let Some(worker) = worker(target.slot)
         && worker.woke[0] != woken
@@ -320,6 +339,12 @@ pub fn wakes(woken: u32, tgid: u32) {
         let [first, second, third, _] = worker.woke;
         worker.woke = [woken, first, second, third];
     }
+}
+
+/// Of a system call.
+#[inline(always)]
+fn wakes_or_starts_threads(number: i32) -> bool {
+    number == futex_syscall() || number == SYSCALL_CLONE || number == SYSCALL_CLONE3
 }
 
 /// The thread goes on as a worker: what it held has blocked it.

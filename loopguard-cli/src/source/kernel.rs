@@ -468,12 +468,14 @@ impl Kernel {
         Ok(())
     }
 
-    /// Says what a thread is that is watched already; its clock, its pace and its poll stay. Returns its slot.
+    /// Says what a thread is that is watched already; its clock and its pace stay, and its poll if it has shown one.
+    /// Returns its slot.
     pub fn introduce_thread(&mut self, thread: LoopThread) -> Result<u32> {
         self.update_thread(thread.tid, |known| {
-            let LoopThread { flags, thread_state, native_thread_id, gil, task_ids, .. } = thread;
+            let LoopThread { flags, epoll_fd, thread_state, native_thread_id, gil, task_ids, .. } = thread;
             let flags = known.flags | flags;
-            *known = LoopThread { flags, thread_state, native_thread_id, gil, task_ids, ..*known };
+            let epoll_fd = if known.epoll_fd < 0 { epoll_fd } else { known.epoll_fd };
+            *known = LoopThread { flags, epoll_fd, thread_state, native_thread_id, gil, task_ids, ..*known };
         })?;
         Ok(self.slots.get(&thread.tid, 0)?)
     }

@@ -251,6 +251,20 @@ impl Live {
         Some(python.inspector.stack(frames(&record), walk_status(&record)))
     }
 
+    /// Says what a thread is that is watched since it was seen for the first time.
+    fn introduce_watched(&mut self, slot: u32, thread: LoopThread) -> Result<u32> {
+        let known = self.kernel.thread(slot).map_or(0, |thread| thread.flags);
+        self.kernel.introduce_thread(thread)?;
+        // Its programs could not know that this is how it parks, unless they knew it for a worker.
+        const PARKS: u32 = THREAD_PARKS | THREAD_PARKS_ON_FUTEX;
+        let may_be_parked = known & PARKS == 0 && thread.flags & PARKS != 0;
+        let waits = || waits_in(thread.tgid, thread.tid);
+        if may_be_parked && waits().is_some_and(|(call, _)| i64::from(call) == libc::SYS_futex) {
+            self.kernel.set_idle(thread.tid)?;
+        }
+        Ok(slot)
+    }
+
     fn adopt(&mut self, found: Found, standing: Standing, events: &mut Vec<Event>) -> Result<()> {
         let Found { pid, tid, epoll_fd, runtime, python } = found;
         let gil = match (&python, &self.targets[&pid].python) {
@@ -270,14 +284,7 @@ impl Live {
             ..LoopThread::default()
         };
         let watched = match self.kernel.slot_of(tid) {
-            Some(_) => self.kernel.introduce_thread(thread).and_then(|slot| {
-                // Its programs could not know that this is how it parks.
-                let may_be_parked = thread.flags & (THREAD_PARKS | THREAD_PARKS_ON_FUTEX) != 0;
-                if may_be_parked && waits_in(pid, tid).is_some_and(|(call, _)| i64::from(call) == libc::SYS_futex) {
-                    self.kernel.set_idle(tid)?;
-                }
-                Ok(slot)
-            }),
+            Some(slot) => self.introduce_watched(slot, thread),
             None => self.watch_from(thread, (pid, tid), standing),
         };
         let slot = match watched {
