@@ -281,3 +281,63 @@ fn a_binary_that_was_replaced_on_disk_is_read_as_it_runs() {
     assert_eq!(events.blocks_of("block-sleep").count(), 1, "{:#?}", events.lines);
     fs::remove_file(&copy).unwrap();
 }
+
+/// A program that blocks its loop when it is asked to, with nothing in it that tells tasks or requests: `said` is what
+/// loopguard says of it.
+fn assert_blocks_without_names(binary: &Path, said: &[&str]) {
+    let port = free_port();
+    let mut server = Server { child: Command::new(binary).arg(port.to_string()).spawn().unwrap(), port };
+    wait_until_up(&mut server.child, port);
+    let watching = Watching::start(server.child.id(), &["--threshold", THRESHOLD]);
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(&[(BLOCK_MS / 10) as u8]).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "done");
+    let events = watching.stop();
+    for part in said {
+        assert!(events.messages.contains(part), "{part:?} is not said: {}", events.messages);
+    }
+    let blocks: Vec<_> = events.blocks().filter(|block| block["verdict"] != "host").collect();
+    assert_eq!(blocks.len(), 1, "{:#?}", events.lines);
+    assert_eq!(blocks[0]["runtime"], "epoll", "{:#}", blocks[0]);
+    assert_eq!(blocks[0]["requests"], serde_json::json!([]), "{:#}", blocks[0]);
+    assert_eq!(blocks[0]["how"], "none", "{:#}", blocks[0]);
+    events.assert_parts_add_up();
+    assert_eq!(events.summary()["lost_records"], 0);
+}
+
+#[test]
+fn a_loop_without_tokio_is_watched_by_its_ticks() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/plain_epoll.rs");
+    let binary = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("plain-epoll-{}", std::process::id()));
+    let rustc = env::var_os("RUSTC").unwrap_or("rustc".into());
+    let built = Command::new(rustc).args(["--edition=2024", "-O", "-o"]).args([&binary, &source]).status().unwrap();
+    assert!(built.success(), "the server does not build");
+    assert_blocks_without_names(&binary, &["no Python, no tokio"]);
+    fs::remove_file(binary).unwrap();
+}
+
+#[test]
+fn a_tokio_that_is_too_old_is_said_to_be_so() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/old_tokio/Cargo.toml");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("old-tokio");
+    let built = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--release", "--locked", "--manifest-path"])
+        .arg(manifest)
+        .arg("--target-dir")
+        .arg(&target)
+        .status()
+        .unwrap();
+    assert!(built.success(), "the server does not build");
+    assert_blocks_without_names(&target.join("release/old-tokio"), &["tokio 0.2.25", "1.23 or newer"]);
+}
