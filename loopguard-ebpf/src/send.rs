@@ -16,7 +16,7 @@ use crate::maps::{RECORDS, count};
 pub const NO_WAKEUP: u64 = 1;
 /// `BPF_RB_FORCE_WAKEUP`: what must be followed up at once. Without it a record wakes nobody that lies behind another
 /// one.
-const WAKE_UP: u64 = 2;
+pub const WAKE_UP: u64 = 2;
 
 #[inline(always)]
 pub fn step_if_long(thread: &LoopThread, clock: &mut LoopClock, ended: EndedStep, request: u64) {

@@ -174,7 +174,7 @@ fn return_place(place: &ReturnPlace, tid: u32, is_first: bool) -> u32 {
 #[inline(never)]
 fn report_return(place: &ReturnPlace, tid: u32) {
     let header = RecordHeader { kind: RecordKind::TaskReturn as u32, tgid: place.tgid, tid, _pad: 0 };
-    let sent = RECORDS.output::<TaskReturnRecord>(&TaskReturnRecord { header, address: place.address }, 0);
+    let sent = RECORDS.output::<TaskReturnRecord>(&TaskReturnRecord { header, address: place.address }, send::WAKE_UP);
     count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }
 
@@ -381,7 +381,7 @@ fn send_task(target: &Watched, worker: &Worker) {
             (*record).has_trail = (read_kernel_raw(to, size_of::<Trail>() as u32, from.cast()) == 0) as u32;
         }
     }
-    entry.submit(0);
+    entry.submit(send::NO_WAKEUP);
     count(Counter::Sent);
 }
 
@@ -556,7 +556,7 @@ fn report_unclear(target: &Watched, now: u64, waited_ns: u64) {
         tid: target.thread.tid,
         _pad: 0,
     };
-    let sent = RECORDS.output::<UnclearWaitRecord>(&UnclearWaitRecord { header, waited_ns }, 0);
+    let sent = RECORDS.output::<UnclearWaitRecord>(&UnclearWaitRecord { header, waited_ns }, send::NO_WAKEUP);
     count(if sent.is_ok() { Counter::Sent } else { Counter::Lost });
 }
 
