@@ -245,6 +245,34 @@ fn a_loop_that_starts_later_is_found() {
 }
 
 #[test]
+fn every_record_that_was_sent_was_received_or_lost() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let Some(python) = pythons().into_iter().next_back() else { return };
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/many_waits.py");
+    let mut target = Command::new(python).arg(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut says = BufReader::new(target.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert_eq!(says.next().as_deref(), Some("ready"));
+    let watching = Watching::start(target.id(), &["--threshold", "16ms", "--steps", "off", "--sample-every", "1ms"]);
+    thread::sleep(Duration::from_secs(1));
+    // Longer than the ring buffer has room for.
+    signal(watching.pid(), libc::SIGSTOP);
+    thread::sleep(Duration::from_secs(6));
+    signal(watching.pid(), libc::SIGCONT);
+    thread::sleep(Duration::from_secs(1));
+    let events = watching.stop();
+    drop(target.stdin.take());
+    target.wait().unwrap();
+    let summary = events.summary();
+    let [sent, received, lost] = ["sent", "received", "lost"].map(|name| summary["records"][name].as_u64().unwrap());
+    assert!(lost > 0 && received > 1000, "nothing overflowed: {summary}");
+    assert_eq!(sent, received + lost, "{summary}");
+    assert_eq!(summary["lost_records"], lost, "{summary}");
+}
+
+#[test]
 fn a_block_that_hardly_gets_a_processor_is_named() {
     let _alone = alone();
     if !can_trace() {

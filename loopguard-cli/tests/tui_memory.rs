@@ -116,6 +116,7 @@ fn status(now_ns: u64) -> Status {
         now_ns,
         threads: (0..THREADS).map(thread).collect(),
         lost_records: 0,
+        records: Default::default(),
         unsymbolized: 0,
         self_cpu: Duration::from_nanos(now_ns / 100),
         ..Status::default()

@@ -21,6 +21,7 @@ pub struct Status {
     pub threads: Vec<ThreadStatus>,
     /// Records that did not arrive, or that nobody understood.
     pub lost_records: u64,
+    pub records: RecordCounts,
     pub requests: RequestCounts,
     /// Frames that could not be named.
     pub unsymbolized: u64,
@@ -30,6 +31,18 @@ pub struct Status {
     /// For how long it looked less closely, to keep to its budget, and for how long it did not watch at all.
     pub limited: Duration,
     pub unwatched: Duration,
+}
+
+/// The kernel programs' records. At the end of a run every one that was sent was received or lost; before that some are
+/// on their way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RecordCounts {
+    /// By the programs, whether there was room or not.
+    pub sent: u64,
+    /// Taken from the ring buffer.
+    pub received: u64,
+    /// By the programs, as the ring buffer was full.
+    pub lost: u64,
 }
 
 /// Native stacks that were unwound.
@@ -66,6 +79,7 @@ impl From<&Status> for Measured {
             duration: Duration::from_nanos(status.now_ns.saturating_sub(status.since_ns)),
             ticks: status.threads.iter().map(|thread| (thread.info.tid, thread.ticks)).collect(),
             lost_records: status.lost_records,
+            records: status.records,
             requests: status.requests,
             unsymbolized: status.unsymbolized,
             stacks: status.stacks.clone(),

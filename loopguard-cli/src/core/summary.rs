@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::event::{LoopInfo, Owner, RequestFacts, Tid};
 use super::incident::{Blame, Cumulative, Incident};
 use super::request::RequestCounts;
-use super::status::StackCounts;
+use super::status::{RecordCounts, StackCounts};
 
 /// Routes, and lines, that are told apart unless another number is asked for; what comes later counts as `other`.
 pub const MAX_LABELS: usize = 200;
@@ -42,6 +42,7 @@ pub struct Measured {
     /// From the kernel's tick histogram.
     pub ticks: BTreeMap<Tid, u64>,
     pub lost_records: u64,
+    pub records: RecordCounts,
     /// Where servers tell of their requests.
     pub requests: RequestCounts,
     /// Frames that could not be named.

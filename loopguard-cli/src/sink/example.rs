@@ -8,6 +8,7 @@ use crate::core::incident::{
     Attribution, Blame, Cumulative, Incident, LineShare, Ongoing, OwnerShare, Split, Victims, WaitTotal,
 };
 use crate::core::request::{EndedRequest, Held, RequestCounts};
+use crate::core::status::RecordCounts;
 use crate::core::summary::{LineLabel, Measured, RouteLabel, Summary, ThreadTotal, Total};
 
 const START_NS: u64 = 1_234_567_890;
@@ -145,6 +146,7 @@ pub fn summary() -> Summary {
             duration: Duration::from_millis(30_000),
             ticks: [(1235, 48_211)].into(),
             lost_records: 0,
+            records: RecordCounts { sent: 61, received: 61, lost: 0 },
             requests: RequestCounts::default(),
             unsymbolized: 2,
             stacks: Default::default(),

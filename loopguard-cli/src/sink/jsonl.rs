@@ -11,7 +11,7 @@ use super::escape::is_dangerous;
 use crate::core::event::{Frame, FrameKind, How, LoopInfo, Origin, Owner, RequestFacts, Runtime, Worker};
 use crate::core::incident::{Attribution, Blame, Cumulative, Incident, Ongoing, Update, Verdict, WaitTotal, user_line};
 use crate::core::request::{EndedRequest, RequestCounts};
-use crate::core::status::StackCounts;
+use crate::core::status::{RecordCounts, StackCounts};
 use crate::core::summary::{Summary, ThreadTotal};
 
 pub struct JsonLines<W> {
@@ -276,6 +276,7 @@ struct SummaryObject<'a> {
     excluded_blocks: u64,
     excluded_ms: f64,
     lost_records: u64,
+    records: RecordCounts,
     unsymbolized: u64,
     /// Of targets whose native stacks were copied.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -528,6 +529,7 @@ impl<'a> SummaryObject<'a> {
             excluded_blocks: summary.excluded.blocks,
             excluded_ms: ms(summary.excluded.blocked_ns),
             lost_records: measured.lost_records,
+            records: measured.records,
             unsymbolized: measured.unsymbolized,
             stacks: Some(&measured.stacks).filter(|stacks| stacks.unwound + stacks.lost > 0),
             self_cpu_ms: ms(measured.self_cpu.as_nanos() as u64),
@@ -750,7 +752,7 @@ mod tests {
         let mut out = Vec::new();
         JsonLines::new(&mut out).finish(&example::summary()).unwrap();
         insta::assert_snapshot!(by_field(&String::from_utf8(out).unwrap()), @r#"
-        {"type":"summary","duration_s":30.0,"ticks":48211,"blocks":12,"blocked_ms":1240.0,"cumulative_blocks":0,"cumulative_ms":0.0,"excluded_blocks":0,"excluded_ms":0.0,"lost_records":0,"unsymbolized":2,"self_cpu_ms":210.4,
+        {"type":"summary","duration_s":30.0,"ticks":48211,"blocks":12,"blocked_ms":1240.0,"cumulative_blocks":0,"cumulative_ms":0.0,"excluded_blocks":0,"excluded_ms":0.0,"lost_records":0,"records":{"sent":61,"received":61,"lost":0},"unsymbolized":2,"self_cpu_ms":210.4,
         "threads":[{
         "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop","ticks":48211,"blocks":12,"blocked_ms":1240.0}]}
         "#);

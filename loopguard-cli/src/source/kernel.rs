@@ -192,8 +192,10 @@ pub enum Standing {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
+    /// Records for which the ring buffer had no room.
     pub lost: u64,
     pub lost_stack_pages: u64,
+    /// Records for which it had.
     pub sent: u64,
     /// Requests for which there was no place.
     pub requests_untracked: u64,
@@ -393,6 +395,25 @@ impl Kernel {
         let _ = self.processes.remove(&pid);
         let _ = self.mark(pid, false);
         self.forget_program(pid);
+    }
+
+    /// Nothing is recorded from here on, but by programs that run at this very moment. What clocks have counted stays.
+    pub fn fall_silent(&mut self) {
+        let pids: Vec<u32> = self.processes.keys().flatten().collect();
+        for pid in pids {
+            let _ = self.processes.remove(&pid);
+            self.detach_steps(pid);
+            self.detach_requests(pid);
+            self.forget_polls(pid);
+        }
+        for id in self.ids.keys() {
+            let _ = self.watched.set(id % self.watched.len(), 0, 0);
+        }
+        let slots: Vec<(Tid, u32)> = self.slots.iter().flatten().collect();
+        for (tid, slot) in slots {
+            let _ = self.watched.set(tid % self.watched.len(), 0, 0);
+            let _ = self.threads.set(slot, LoopThread::default(), 0);
+        }
     }
 
     /// The process runs another program now: what was known of the last one is wrong.

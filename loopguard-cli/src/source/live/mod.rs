@@ -18,7 +18,8 @@ use std::{
     collections::{BTreeSet, HashMap},
     io,
     sync::Arc,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -40,7 +41,7 @@ use crate::{
     core::{
         cumulative::CumulativeSettings,
         event::{Event, LoopInfo, Tid},
-        status::{StackCounts, Status, ThreadStatus},
+        status::{RecordCounts, StackCounts, Status, ThreadStatus},
     },
     runtime::cpython::{Inspector, Interpreter, PyThreadInfo},
     symbol::naming::Naming,
@@ -56,6 +57,9 @@ const NOT_MEASURED: &str = "without CAP_SYS_ADMIN what loopguard costs in the ke
                             its CPU time, and the budget does not limit it";
 /// Short steps are told once they sum up to this part of the cumulative threshold.
 const SHORT_SHARE: u64 = 8;
+/// How long a program may still write its record after the end, far more than it takes, and how often that is looked at.
+const SETTLED: Duration = Duration::from_millis(200);
+const SETTLING: Duration = Duration::from_millis(1);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Steps {
@@ -141,7 +145,8 @@ pub struct Live {
     finished: Vec<ThreadStatus>,
     /// Lost records when it was last looked for threads of which nobody told.
     lost_when_searched: u64,
-    /// Records that no code here understood.
+    /// Records that were taken from the ring buffer, and those among them that no code here understood.
+    received_records: u64,
     unknown_records: u64,
 }
 
@@ -243,6 +248,7 @@ impl Live {
             said_full: false,
             finished: Vec::new(),
             lost_when_searched: 0,
+            received_records: 0,
             unknown_records: 0,
         };
         for &pid in pids {
@@ -265,9 +271,19 @@ impl Live {
         Ok(())
     }
 
-    /// Takes what is left, and waits for what is still being named.
+    /// Stops recording, takes what is left, and waits for what is still being named.
     pub fn finish(&mut self, events: &mut Vec<Event>) -> Result<()> {
-        self.drain(events)?;
+        self.kernel.fall_silent();
+        let silent = Instant::now();
+        loop {
+            // Programs that ran at that moment write their records.
+            thread::sleep(SETTLING);
+            self.drain(events)?;
+            let counts = self.record_counts();
+            if counts.sent == counts.received + counts.lost || silent.elapsed() > SETTLED {
+                break;
+            }
+        }
         self.naming.finish(events);
         Ok(())
     }
@@ -287,6 +303,7 @@ impl Live {
     fn take_records(&mut self, events: &mut Vec<Event>) -> Result<()> {
         // A record is copied out before it is understood: its place is free for the next ones meanwhile.
         while let Some(record) = self.records.get_mut().next().map(|bytes| decode(&bytes)) {
+            self.received_records += 1;
             match record {
                 Ok(Record::Capture(mut record)) => {
                     self.introduce(record.header.tid, events)?;
@@ -499,6 +516,11 @@ impl Live {
         self.kernel.update_thread(tid, |thread| pace.fill_in(thread))
     }
 
+    fn record_counts(&self) -> RecordCounts {
+        let counts = self.kernel.counts();
+        RecordCounts { sent: counts.sent + counts.lost, received: self.received_records, lost: counts.lost }
+    }
+
     /// What each loop did so far, those that are gone included, and what it cost to know.
     pub fn status(&self) -> Status {
         let threads = self.loops.values().map(|known| self.thread_status(known));
@@ -507,6 +529,7 @@ impl Live {
             now_ns: process::monotonic_ns(),
             threads: self.finished.iter().cloned().chain(threads).collect(),
             lost_records: self.kernel.counts().lost + self.unknown_records,
+            records: self.record_counts(),
             requests: self.request_counts(),
             unsymbolized: self.naming.unnamed(),
             stacks: StackCounts { lost: self.pages.lost, ..self.naming.counts() },

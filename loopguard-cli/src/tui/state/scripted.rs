@@ -59,6 +59,7 @@ pub fn status_at(now_ns: u64) -> Status {
         now_ns,
         threads: vec![thread],
         lost_records: 0,
+        records: Default::default(),
         unsymbolized: 0,
         self_cpu: Duration::from_nanos(now_ns / 200),
         ..Status::default()
