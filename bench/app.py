@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -237,17 +238,21 @@ async def block_stream(ms: float) -> StreamingResponse:
 
 
 @api.get("/waits/{count}")
-async def short_waits(count: int, depth: int = 50) -> None:
-    """So many waits of 100 us under so many frames of its own: for what looking at one of them costs."""
+async def short_waits(count: int, depth: int = 50) -> int:
+    """So many waits of 100 us under so many frames of its own: for what looking at one of them costs. Says how many
+    frames there are then in all."""
 
-    def wait(level: int) -> None:
+    def wait(level: int) -> int:
         if level:
-            wait(level - 1)
-            return
+            return wait(level - 1)
         for _ in range(count):
             time.sleep(0.0001)
+        frame, frames = sys._getframe(), 0
+        while frame:
+            frame, frames = frame.f_back, frames + 1
+        return frames
 
-    wait(depth)
+    return wait(depth)
 
 
 if os.environ.get("BENCH_IN_PROCESS") == "1":

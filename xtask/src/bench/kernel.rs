@@ -1,17 +1,23 @@
 //! What the kernel programs cost, from the kernel's own statistics of them, and how large their records are.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use loopguard_common::records::{CAPTURE_BASE, PollRecord, RawFrame, StepRecord};
+use loopguard_common::records::{CAPTURE_BASE, PollRecord, RawFrame, STACK_PAGE, StepRecord};
 use serde_json::{Map, Value, json};
 
-use super::rig::Rig;
-use super::table;
+use super::overhead::said;
+use super::rig::{Rig, on_cpu};
+use super::{median, table};
+use crate::companion::Companion;
 use crate::step::say;
 
 const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
@@ -19,6 +25,24 @@ const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const WAITS: u32 = 2000;
 /// Of the application's own, in the deeper of two measurements.
 const FRAMES: usize = 50;
+/// How often each figure of the budget is measured.
+const ROUNDS: usize = 7;
+const TICKS_PER_SECOND: &str = "2000";
+
+const SWITCH_PROGRAM: &str = "on_sched_switch";
+const WAKEUP_PROGRAM: &str = "on_sched_wakeup";
+const POLL_PROGRAM: &str = "on_poll_enter";
+const SAMPLE_PROGRAM: &str = "on_sample";
+
+/// A tick that begins with a wake-up: the poll, both switches and the wake-up.
+const RUNS_A_TICK: f64 = 4.0;
+
+/// The budget: what each may cost.
+const TICK_NS: f64 = 400.0;
+const MISS_NS: f64 = 50.0;
+const SAMPLE_NS: f64 = 500.0;
+const LOOK_NS: f64 = 5000.0;
+const LOOK_WITH_STACK_NS: f64 = 15_000.0;
 
 pub fn run(rig: &Rig, seconds: u32) -> Result<Value> {
     let statistics = Statistics::enable()?;
@@ -39,8 +63,8 @@ pub fn run(rig: &Rig, seconds: u32) -> Result<Value> {
         Ok(())
     })?;
     say("waits, without and with fifty more frames");
-    let shallow = during(pid, || get(server.port, &format!("/waits/{WAITS}?depth=0")))?;
-    let waits = during(pid, || get(server.port, &format!("/waits/{WAITS}?depth={FRAMES}")))?;
+    let shallow = during(pid, || get(server.port, &format!("/waits/{WAITS}?depth=0")).map(drop))?;
+    let waits = during(pid, || get(server.port, &format!("/waits/{WAITS}?depth={FRAMES}")).map(drop))?;
     say(&format!("blocking load, {seconds} s"));
     let blocking = during(pid, || load(&["--profile=mixed", "--seconds", &seconds_text]))?;
     say(&format!("realistic load, step probes in place, {seconds} s"));
@@ -61,6 +85,8 @@ pub fn run(rig: &Rig, seconds: u32) -> Result<Value> {
     table(&["program", "runs", "ns a run"], &rows);
     let summary = watching.stop()?;
     drop(statistics);
+    drop(server);
+    let budget = budget(rig, ["uvloop", "asyncio"])?;
 
     let records = json!({
         "step_bytes": size_of::<StepRecord>(),
@@ -72,6 +98,7 @@ pub fn run(rig: &Rig, seconds: u32) -> Result<Value> {
     println!("a wait in a FastAPI handler, looked at: {capture_ns} ns; each frame more: {frame_ns} ns");
     Ok(json!({
         "programs": results,
+        "budget": budget,
         "records": records,
         "wait_capture_ns": capture_ns,
         "wait_capture_ns_with_50_more_frames": deeper_ns,
@@ -83,21 +110,384 @@ pub fn run(rig: &Rig, seconds: u32) -> Result<Value> {
 /// What a switch to sleep with a capture costs, and the switch back: the run time of the waits' switches, without what
 /// the other switches of that time cost, shared among the waits.
 fn capture_cost(idle: &Runs, waits: &Runs) -> f64 {
-    const SWITCH_PROGRAM: &str = "on_sched_switch";
     let (Some(miss), Some(all)) = (idle.get(SWITCH_PROGRAM), waits.get(SWITCH_PROGRAM)) else { return 0.0 };
     let known = f64::from(WAITS);
     let others = (all.count as f64 - 2.0 * known).max(0.0);
     ((all.time_ns as f64 - others * miss.mean()) / known).round()
 }
 
-fn get(port: u16, path: &str) -> Result<()> {
-    use std::io::{Read as _, Write as _};
+/// What a line of the budget is measured by: as often as it was, the least of it, since whatever else the machine does
+/// only adds, and the median.
+#[derive(Clone, Copy)]
+struct Cost {
+    least_ns: f64,
+    median_ns: f64,
+}
+
+impl Cost {
+    fn of(rounds: &[f64]) -> Self {
+        Self { least_ns: rounds.iter().copied().fold(f64::INFINITY, f64::min), median_ns: median(rounds) }
+    }
+
+    /// The same of both figures.
+    fn with(self, other: Self, change: impl Fn(f64, f64) -> f64) -> Self {
+        Self { least_ns: change(self.least_ns, other.least_ns), median_ns: change(self.median_ns, other.median_ns) }
+    }
+
+    /// Held if the median is.
+    fn within(self, budget_ns: f64) -> Value {
+        let mut line = self.json();
+        line["budget_ns"] = json!(budget_ns);
+        line["held"] = json!(self.median_ns <= budget_ns);
+        line
+    }
+
+    fn json(self) -> Value {
+        json!({ "least_ns": self.least_ns.round(), "median_ns": self.median_ns.round() })
+    }
+}
+
+/// Each line of what the kernel programs may cost, by name.
+fn budget(rig: &Rig, event_loops: [&str; 2]) -> Result<Map<String, Value>> {
+    let mut lines: Vec<(String, Value)> = Vec::new();
+    for event_loop in event_loops {
+        say(&format!("ticks of a healthy loop on {event_loop}, without the kernel's statistics"));
+        let added = healthy_tick(rig, event_loop)?;
+        lines.push((format!("healthy tick on {event_loop}, CPU time added to its thread"), added.within(TICK_NS)));
+    }
+    let statistics = Statistics::enable()?;
+    say("switches of threads that are not watched");
+    let miss = misses(rig)?;
+    let own = |cost: Cost, runs: f64| cost.with(miss.empty, move |cost, empty| cost - runs * empty);
+    let mut line = |name: &str, figures: Value| lines.push((name.to_owned(), figures));
+    line("a program that does nothing, by the same statistics", miss.empty.json());
+    line("sched_switch of threads that are not watched", miss.switch.within(MISS_NS));
+    line(
+        "sched_switch of threads that are not watched, without what the statistics cost",
+        own(miss.switch, 1.0).within(MISS_NS),
+    );
+    say("ticks that begin with a wake-up, and samples of young ticks");
+    let asleep = sleeping_tick(rig, &miss)?;
+    line("healthy tick after sleep, run time of its programs", asleep.within(TICK_NS));
+    line("healthy tick after sleep, without what the statistics cost", own(asleep, RUNS_A_TICK).within(TICK_NS));
+    line("sample of a young tick", young_sample(rig)?.within(SAMPLE_NS));
+    let looks = looks(rig, &miss)?;
+    drop(statistics);
+    line("a wait under 50 frames looked at, without its stack", looks.bare.within(LOOK_NS));
+    line("a wait under 50 frames looked at, with 16 KiB of its stack", looks.with_16_kib.within(LOOK_WITH_STACK_NS));
+    line("the first wait of a step, whose request is to be found, without its stack", looks.first.within(LOOK_NS));
+    line("each frame of it", looks.frame.json());
+    line("each page of its stack", looks.page.json());
+    let rows: Vec<Vec<String>> = lines
+        .iter()
+        .map(|(name, line)| {
+            let show = |field: &str| match &line[field] {
+                Value::Null => "-".to_owned(),
+                Value::Bool(held) => if *held { "yes" } else { "no" }.to_owned(),
+                value => value.to_string(),
+            };
+            vec![name.clone(), show("least_ns"), show("median_ns"), show("budget_ns"), show("held")]
+        })
+        .collect();
+    table(&["ns", "least", "median", "budget", "held"], &rows);
+    Ok(lines.into_iter().collect())
+}
+
+/// A loop that never sleeps nor blocks, one callback a tick, without and with loopguard.
+fn healthy_tick(rig: &Rig, event_loop: &str) -> Result<Cost> {
+    let (target, file) = busy_loop(rig, event_loop)?;
+    let ticks = || -> Result<Vec<f64>> {
+        Ok(said(&file, Duration::from_secs(5))?.iter().filter_map(|line| line["tick_ns"].as_f64()).collect())
+    };
+    let mut bare = ticks()?;
+    let watching = rig.attach(target.pid(), &[])?;
+    let attached = Cost::of(&ticks()?);
+    watching.stop()?;
+    bare.extend(ticks()?);
+    Ok(attached.with(Cost::of(&bare), |attached, bare| attached - bare))
+}
+
+fn busy_loop(rig: &Rig, event_loop: &str) -> Result<(Companion, PathBuf)> {
+    let file = rig.folder.join("loop-steps.jsonl");
+    let mut command = on_cpu(0, &rig.python());
+    command
+        .arg(rig.scripts.join("loop_steps.py"))
+        .arg(event_loop)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .stdin(Stdio::null())
+        .stdout(File::create(&file)?);
+    let target = Companion::start(&mut command)?;
+    thread::sleep(Duration::from_secs(2));
+    Ok((target, file))
+}
+
+/// What programs cost where there is nothing to do for them.
+struct Misses {
+    empty: Cost,
+    switch: Cost,
+    wakeup: Cost,
+}
+
+/// Two threads of ours that wake each other, over and over, while loopguard watches a server that has nothing to do. A
+/// program that does nothing hangs on the same switches: what its figure says is what the statistics themselves cost.
+fn misses(rig: &Rig) -> Result<Misses> {
+    let server = rig.serve(&rig.python(), "uvloop", &[])?;
+    let watching = rig.attach(server.process.pid(), &[])?;
+    let _empty = EmptyProgram::attach()?;
+    let (mut empty, mut switch, mut wakeup) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let mut own = Runs::new();
+        let theirs = during(watching.process.pid(), || {
+            own = during(std::process::id(), || ping_pong(Duration::from_millis(500)))?;
+            Ok(())
+        })?;
+        let mean = |runs: &Runs, name: &str| -> Result<f64> {
+            let run = runs.get(name).with_context(|| format!("{name} did not run"))?;
+            ensure!(run.count > 5000, "{name} ran only {} times", run.count);
+            Ok(run.mean())
+        };
+        empty.push(mean(&own, EmptyProgram::NAME)?);
+        switch.push(mean(&theirs, SWITCH_PROGRAM)?);
+        wakeup.push(mean(&theirs, WAKEUP_PROGRAM)?);
+    }
+    watching.stop()?;
+    Ok(Misses { empty: Cost::of(&empty), switch: Cost::of(&switch), wakeup: Cost::of(&wakeup) })
+}
+
+/// Switches between two threads on one processor.
+fn ping_pong(time: Duration) -> Result<()> {
+    let (mut ours, mut theirs) = UnixStream::pair()?;
+    let until = Instant::now() + time;
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            on_first_processor();
+            let mut ball = [0];
+            while theirs.read_exact(&mut ball).is_ok() && theirs.write_all(&ball).is_ok() {}
+        });
+        scope.spawn(move || -> Result<()> {
+            on_first_processor();
+            let mut ball = [0];
+            while Instant::now() < until {
+                ours.write_all(&ball)?;
+                ours.read_exact(&mut ball)?;
+            }
+            // Its end ends the other one.
+            Ok(())
+        });
+    });
+    Ok(())
+}
+
+/// The calling thread; where it cannot be kept there it has two to switch between.
+fn on_first_processor() {
+    // SAFETY: a plain set of bits, and a call that reads it.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(0, &mut set);
+        libc::sched_setaffinity(0, size_of_val(&set), &raw const set);
+    }
+}
+
+/// `return 0` on `sched_switch`.
+struct EmptyProgram {
+    _program: OwnedFd,
+    _link: OwnedFd,
+}
+
+impl EmptyProgram {
+    const NAME: &str = "empty";
+
+    fn attach() -> Result<Self> {
+        const LOAD: libc::c_int = 5;
+        const OPEN_RAW_TRACEPOINT: libc::c_int = 17;
+        const RAW_TRACEPOINT: u32 = 17;
+        // `r0 = 0; exit`.
+        let instructions: [u64; 2] = [0xb7, 0x95];
+        let (license, tracepoint) = (c"GPL", c"sched_switch");
+        let words = |address: u64| [address as u32, (address >> 32) as u32];
+        // `union bpf_attr`: kind, how many instructions, where they are, the licence; the name is 48 bytes in.
+        let mut load = [0u32; 16];
+        load[..2].copy_from_slice(&[RAW_TRACEPOINT, instructions.len() as u32]);
+        load[2..4].copy_from_slice(&words(instructions.as_ptr() as u64));
+        load[4..6].copy_from_slice(&words(license.as_ptr() as u64));
+        let mut name = [0; 8];
+        name[..Self::NAME.len()].copy_from_slice(Self::NAME.as_bytes());
+        load[12..14].copy_from_slice(&words(u64::from_ne_bytes(name)));
+        let program = owned(bpf(LOAD, &mut load)?);
+        let [low, high] = words(tracepoint.as_ptr() as u64);
+        let link = owned(bpf(OPEN_RAW_TRACEPOINT, &mut [low, high, program.as_raw_fd().cast_unsigned(), 0])?);
+        Ok(Self { _program: program, _link: link })
+    }
+}
+
+/// A loop that does next to nothing in each of its ticks, and sleeps before: the programs at the switches to sleep and
+/// back, at the wake-up and at the poll.
+fn sleeping_tick(rig: &Rig, miss: &Misses) -> Result<Cost> {
+    let file = rig.folder.join("many-loops.jsonl");
+    let mut command = on_cpu(0, &rig.python());
+    command
+        .arg(rig.scripts.join("many_loops.py"))
+        .args(["1", TICKS_PER_SECOND])
+        .stdin(Stdio::null())
+        .stdout(File::create(&file)?);
+    let target = Companion::start(&mut command)?;
+    thread::sleep(Duration::from_secs(1));
+    let watching = rig.attach(target.pid(), &[])?;
+    let mut rounds = Vec::new();
+    for _ in 0..ROUNDS {
+        let (mut lines, since) = (Vec::new(), Instant::now());
+        let runs = during(watching.process.pid(), || {
+            lines = said(&file, Duration::from_secs(2))?;
+            Ok(())
+        })?;
+        let elapsed = since.elapsed().as_secs_f64();
+        let sum = |field: &str| lines.iter().filter_map(|line| line[field].as_f64()).sum::<f64>();
+        let ticks = sum("ticks") / sum("seconds") * elapsed;
+        ensure!(ticks > 500.0, "the loop does not tick");
+        // A poll of others is found out in the same way as a switch of others.
+        let hits =
+            [(POLL_PROGRAM, 1.0, miss.switch), (SWITCH_PROGRAM, 2.0, miss.switch), (WAKEUP_PROGRAM, 1.0, miss.wakeup)];
+        let cost: f64 = hits
+            .iter()
+            .map(|(name, a_tick, miss)| {
+                let run = runs.get(*name).copied().unwrap_or_default();
+                run.time_ns as f64 - (run.count as f64 - a_tick * ticks).max(0.0) * miss.median_ns
+            })
+            .sum();
+        rounds.push(cost / ticks);
+    }
+    watching.stop()?;
+    Ok(Cost::of(&rounds))
+}
+
+/// A loop that is on the CPU all the time and whose ticks are over long before they are old.
+fn young_sample(rig: &Rig) -> Result<Cost> {
+    let (target, _) = busy_loop(rig, "uvloop")?;
+    let watching = rig.attach(target.pid(), &["--threshold=20ms"])?;
+    let mut rounds = Vec::new();
+    for _ in 0..ROUNDS {
+        let runs = during(watching.process.pid(), || {
+            thread::sleep(Duration::from_secs(1));
+            Ok(())
+        })?;
+        let run = runs.get(SAMPLE_PROGRAM).copied().unwrap_or_default();
+        ensure!(run.count >= 20, "only {} samples", run.count);
+        rounds.push(run.mean());
+    }
+    let summary = watching.stop()?;
+    say(&format!("records meanwhile: {}", summary["records"]["sent"]));
+    Ok(Cost::of(&rounds))
+}
+
+/// What looking at one wait costs while nothing of it is sent: the switch to sleep, and the one back.
+struct Looks {
+    bare: Cost,
+    with_16_kib: Cost,
+    first: Cost,
+    frame: Cost,
+    page: Cost,
+}
+
+/// Waits of 100 us in a FastAPI handler, all in one step but for those of `first`, under as many frames as there are
+/// anyway and under fifty more: what each frame costs follows, and what fifty in all do. Likewise with one page of the
+/// stack, the least that can be copied, and with four.
+fn looks(rig: &Rig, miss: &Misses) -> Result<Looks> {
+    const SIZES: [(&str, f64); 2] = [("--stack-size=4KiB", 1.0), ("--stack-size=16KiB", 4.0)];
+    const FIRST: u32 = 200;
+    let server = rig.serve(&rig.python(), "uvloop", &[])?;
+    let (port, pid) = (server.port, server.process.pid());
+    let pages = stack_pages(port, pid)?;
+    ensure!(pages >= 4, "the server's stack has only {pages} pages there");
+    let mut depths = [0.0; 2];
+    let mut costs = Vec::new();
+    let mut first = Vec::new();
+    for (size, _) in SIZES {
+        let watching = rig.attach(
+            pid,
+            &["--threshold=60s", "--cumulative-threshold=60s", "--cumulative-window=60s", "--steps=off", size],
+        )?;
+        let own = watching.process.pid();
+        say(&format!("waits that are only looked at, {size}"));
+        let mut rounds = [Vec::new(), Vec::new()];
+        for _ in 0..ROUNDS {
+            for (depth, (rounds, frames)) in [0, FRAMES].iter().zip(rounds.iter_mut().zip(&mut depths)) {
+                let mut answer = String::new();
+                let runs = during(own, || {
+                    answer = get(port, &format!("/waits/{WAITS}?depth={depth}"))?;
+                    Ok(())
+                })?;
+                *frames = answer.rsplit("\r\n\r\n").next().and_then(|body| body.trim().parse().ok()).unwrap_or(0.0);
+                rounds.push(of_waits(&runs, WAITS, miss) / f64::from(WAITS));
+            }
+            if size == SIZES[0].0 {
+                // One wait a request, and none: the rest of both is the same.
+                let all = |waits: u32| {
+                    let path = format!("/waits/{waits}?depth={FRAMES}");
+                    let runs = during(own, || (0..FIRST).try_for_each(|_| get(port, &path).map(drop)))?;
+                    anyhow::Ok(of_waits(&runs, waits * FIRST, miss))
+                };
+                first.push((all(1)? - all(0)?) / f64::from(FIRST));
+            }
+        }
+        let summary = watching.stop()?;
+        ensure!(summary["blocks"] == 0, "waits that were to be looked at only were told");
+        costs.push(rounds.map(|rounds| Cost::of(&rounds)));
+    }
+    ensure!(depths[0] > 0.0 && depths[1] > depths[0], "the server does not say how many frames it has");
+    let [few, many] = [costs[0], costs[1]];
+    let frame =
+        |[shallow, deep]: [Cost; 2]| deep.with(shallow, |deep, shallow| (deep - shallow) / (depths[1] - depths[0]));
+    let at_fifty =
+        |costs: [Cost; 2]| costs[0].with(frame(costs), |shallow, frame| shallow + frame * (FRAMES as f64 - depths[0]));
+    let page = at_fifty(many).with(at_fifty(few), |many, few| (many - few) / (SIZES[1].1 - SIZES[0].1));
+    let without_page = |cost: Cost| cost.with(page, |cost, page| cost - page);
+    // Those had fifty frames more than the fewest, not fifty in all.
+    let extra = frame(few);
+    let first = Cost::of(&first).with(extra, |first, frame| first - frame * (depths[1] - FRAMES as f64));
+    Ok(Looks {
+        bare: without_page(at_fifty(few)),
+        with_16_kib: at_fifty(many),
+        first: without_page(first),
+        frame: extra,
+        page,
+    })
+}
+
+/// The run time of the switches of so many waits: all there was, without what the other switches cost.
+fn of_waits(runs: &Runs, waits: u32, miss: &Misses) -> f64 {
+    let all = runs.get(SWITCH_PROGRAM).copied().unwrap_or_default();
+    let others = (all.count as f64 - 2.0 * f64::from(waits)).max(0.0);
+    all.time_ns as f64 - others * miss.switch.median_ns
+}
+
+/// Pages of the main thread's stack from where it waits on: `/proc/PID/syscall` has the stack pointer.
+fn stack_pages(port: u16, pid: u32) -> Result<u64> {
+    let waits = thread::spawn(move || get(port, &format!("/waits/{WAITS}?depth={FRAMES}")));
+    thread::sleep(Duration::from_millis(100));
+    let mut pages = u64::MAX;
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let stack = maps.lines().find(|line| line.ends_with("[stack]")).context("no stack in its maps")?;
+    let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+    let end = stack.split(['-', ' ']).nth(1).and_then(hex).context("no end of the stack in its maps")?;
+    for _ in 0..20 {
+        let call = fs::read_to_string(format!("/proc/{pid}/syscall"))?;
+        if let Some(sp) = call.split_whitespace().rev().nth(1).and_then(hex) {
+            pages = pages.min((end - (sp & !(STACK_PAGE as u64 - 1))) / STACK_PAGE as u64);
+        }
+        thread::sleep(Duration::from_millis(3));
+    }
+    waits.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    ensure!(pages != u64::MAX, "it was never seen to wait");
+    Ok(pages)
+}
+
+fn get(port: u16, path: &str) -> Result<String> {
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", port))?;
     write!(stream, "GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     ensure!(answer.starts_with("HTTP/1.1 200"), "the server answers {answer}");
-    Ok(())
+    Ok(answer)
 }
 
 /// The kernel's statistics of BPF programs, on as long as this lives and then as before.
@@ -177,21 +567,24 @@ fn program_name(id: u32) -> Result<String> {
     // `union bpf_attr`: the id for the one, for the other the descriptor, the room and where it is.
     let mut by_id = [0u32; 3];
     by_id[0] = id;
-    let fd = bpf(GET_FD_BY_ID, &mut by_id)?;
-    // SAFETY: just opened, and nobody else's.
-    let fd = unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+    let fd = owned(bpf(GET_FD_BY_ID, &mut by_id)?);
     let mut info = [0u8; 96];
     let address = (&raw mut info) as u64;
-    let descriptor = std::os::fd::AsRawFd::as_raw_fd(&fd).cast_unsigned();
+    let descriptor = fd.as_raw_fd().cast_unsigned();
     bpf(INFO_BY_FD, &mut [descriptor, info.len() as u32, address as u32, (address >> 32) as u32])?;
     let name = &info[NAME];
     Ok(String::from_utf8_lossy(name.split(|byte| *byte == 0).next().unwrap_or(name)).into_owned())
+}
+
+fn owned(fd: libc::c_int) -> OwnedFd {
+    // SAFETY: just opened by `bpf`, and nobody else's.
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 fn bpf(command: libc::c_int, attributes: &mut [u32]) -> Result<libc::c_int> {
     // SAFETY: the attributes outlive the call, and what they point to is as long as they say.
     let answer =
         unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of_val::<[u32]>(attributes)) };
-    ensure!(answer >= 0, "ask the kernel for a program's name: {}", std::io::Error::last_os_error());
+    ensure!(answer >= 0, "BPF call {command}: {}", std::io::Error::last_os_error());
     Ok(answer as libc::c_int)
 }

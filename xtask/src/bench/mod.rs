@@ -1,5 +1,5 @@
-//! The benchmarks: how right loopguard is, what it costs the server, what its kernel programs cost, and how complete its
-//! native stacks are.
+//! The benchmarks: how right loopguard is, what it costs the server, what its kernel programs and its own work cost, what
+//! its ring buffer has room for, how all of that grows, and how complete its native stacks are.
 
 mod accuracy;
 mod compare;
@@ -73,7 +73,7 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
     let Some(file) = file else { return Ok(()) };
     let report = json!({
         "bench": name,
-        "command": format!("cargo xtask bench {name} {}", options.join(" ")),
+        "command": command(name, options),
         "machine": machine(&rig),
         "results": results,
     });
@@ -81,6 +81,12 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
         .with_context(|| format!("write {}", file.display()))?;
     say(&format!("results written to {}", file.display()));
     Ok(())
+}
+
+/// What makes such results; where they were written to says nothing of them.
+fn command(name: &str, options: &[&str]) -> String {
+    let options = options.chunks(2).filter(|option| option[0] != "--json").flatten();
+    ["cargo", "xtask", "bench", name].iter().chain(options).copied().collect::<Vec<_>>().join(" ")
 }
 
 fn number(text: &str) -> Result<u32> {
@@ -123,6 +129,11 @@ fn table(head: &[&str], rows: &[Vec<String>]) {
     println!();
 }
 
+fn rounded(value: f64, digits: i32) -> f64 {
+    let scale = 10f64.powi(digits);
+    (value * scale).round() / scale
+}
+
 fn median(values: &[f64]) -> f64 {
     quantile(values, 0.5)
 }
@@ -138,7 +149,14 @@ fn quantile(values: &[f64], rank: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::quantile;
+    use super::{command, quantile};
+
+    #[test]
+    fn results_say_what_makes_them() {
+        let options = ["--seconds", "5", "--json", "/somewhere/x.json"];
+        assert_eq!(command("kernel", &options), "cargo xtask bench kernel --seconds 5");
+        assert_eq!(command("stacks", &[]), "cargo xtask bench stacks");
+    }
 
     #[test]
     fn quantiles_lie_between_values() {

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
 use super::rig::{Rig, Server, cpu_time, on_cpu};
-use super::{median, quantile, table};
+use super::{median, quantile, rounded, table};
 use crate::companion::Companion;
 use crate::step::say;
 
@@ -97,16 +97,21 @@ struct Least {
     step_ns: f64,
 }
 
-/// Of what the loop says of itself from now on.
 fn least(file: &Path) -> Result<Least> {
+    let lines = said(file, STATE)?;
+    let least = |field: &str| lines.iter().filter_map(|line| line[field].as_f64()).fold(f64::INFINITY, f64::min);
+    Ok(Least { tick_ns: least("tick_ns"), step_ns: least("step_ns") })
+}
+
+/// What the loop says of itself from now on.
+pub fn said(file: &Path, time: Duration) -> Result<Vec<Value>> {
     let skip = fs::read_to_string(file)?.len();
-    thread::sleep(STATE);
+    thread::sleep(time);
     let text = fs::read_to_string(file)?;
     // The first line began before.
     let lines: Vec<Value> = text[skip..].lines().skip(1).filter_map(|line| serde_json::from_str(line).ok()).collect();
     ensure!(!lines.is_empty(), "the measured loop says nothing");
-    let least = |field: &str| lines.iter().filter_map(|line| line[field].as_f64()).fold(f64::INFINITY, f64::min);
-    Ok(Least { tick_ns: least("tick_ns"), step_ns: least("step_ns") })
+    Ok(lines)
 }
 
 fn print_steps(steps: &Map<String, Value>) {
@@ -293,9 +298,4 @@ impl Machine {
         let at = |index: usize| ticks.get(index).copied().unwrap_or(0.0) / 100.0;
         Ok(Self { busy: at(0) + at(1) + at(2), stolen: at(7) })
     }
-}
-
-pub(super) fn rounded(value: f64, digits: i32) -> f64 {
-    let scale = 10f64.powi(digits);
-    (value * scale).round() / scale
 }

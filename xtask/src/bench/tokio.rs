@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
-use super::overhead::{Round, on_path, round_of, rounded, wrk};
+use super::overhead::{Round, on_path, round_of, wrk};
 use super::rig::{Rig, Server, TokioBuild, TokioPrograms, cpu_time, free_port, on_cpu};
-use super::{median, output, quantile, table};
+use super::{median, output, quantile, rounded, table};
 use crate::step::say;
 
 const THRESHOLD: &str = "--threshold=10ms";
