@@ -6,6 +6,7 @@ mod compare;
 mod kernel;
 mod overhead;
 pub mod rig;
+mod ring;
 mod stacks;
 mod tokio;
 
@@ -27,13 +28,23 @@ usage: cargo xtask bench accuracy [--seconds N] [--json FILE]
        cargo xtask bench tokio-accuracy [--seconds N] [--json FILE]
        cargo xtask bench tokio-overhead [--runtime multi|current] [--pairs N] [--json FILE]
        cargo xtask bench kernel [--seconds N] [--json FILE]
+       cargo xtask bench ring [--seconds N] [--json FILE]
        cargo xtask bench stacks [--pythons host|all] [--seconds N] [--json FILE]
        cargo xtask bench stacks-gdb [--pythons host|all] [--times N] [--json FILE]
        cargo xtask bench stacks-rate [--seconds N] [--json FILE]
        cargo xtask bench --compare OLD.json NEW.json";
 
-const NAMES: [&str; 8] =
-    ["accuracy", "overhead", "tokio-accuracy", "tokio-overhead", "kernel", "stacks", "stacks-gdb", "stacks-rate"];
+const NAMES: [&str; 9] = [
+    "accuracy",
+    "overhead",
+    "tokio-accuracy",
+    "tokio-overhead",
+    "kernel",
+    "ring",
+    "stacks",
+    "stacks-gdb",
+    "stacks-rate",
+];
 
 pub fn run(arguments: &[&str]) -> Result<()> {
     match arguments {
@@ -48,7 +59,7 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
     let mut runtime = "multi";
     for option in options.chunks(2) {
         match (name, option) {
-            ("accuracy" | "tokio-accuracy" | "kernel" | "stacks" | "stacks-rate", ["--seconds", value])
+            ("accuracy" | "tokio-accuracy" | "kernel" | "ring" | "stacks" | "stacks-rate", ["--seconds", value])
             | ("stacks-gdb", ["--times", value]) => seconds = Some(number(value)?),
             ("stacks" | "stacks-gdb", ["--pythons", "host"]) => pythons = Interpreters::Host,
             ("stacks" | "stacks-gdb", ["--pythons", "all"]) => pythons = Interpreters::HostAndSid,
@@ -65,6 +76,7 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
         "overhead" => overhead::run(&rig, pairs.unwrap_or(12))?,
         "tokio-accuracy" => tokio::accuracy(&rig, seconds.unwrap_or(20))?,
         "tokio-overhead" => tokio::overhead(&rig, runtime, pairs.unwrap_or(12))?,
+        "ring" => ring::run(&rig, seconds.unwrap_or(8))?,
         "stacks" => stacks::completeness(&rig, pythons, seconds.unwrap_or(8))?,
         "stacks-gdb" => stacks::beside_gdb(&rig, pythons, seconds.unwrap_or(5))?,
         "stacks-rate" => stacks::rate(&rig, seconds.unwrap_or(60))?,
