@@ -87,7 +87,13 @@ impl Stacks {
         self.processes.remove(&pid);
     }
 
-    pub fn name(&mut self, raw: &RawStack) -> NamedStack {
+    /// The calls of a stack without names, and why there are no more.
+    pub fn unwind(&mut self, raw: &RawStack) -> (Vec<Call>, End) {
+        let Followed { calls, end, .. } = self.follow(raw);
+        (calls, end)
+    }
+
+    fn follow(&mut self, raw: &RawStack) -> Followed<'_> {
         let process = self.processes.entry(raw.pid).or_insert_with(|| Process::new(raw.pid));
         let mut places = Places {
             space: &mut process.space,
@@ -96,14 +102,18 @@ impl Stacks {
             found: Vec::with_capacity(64),
         };
         let (calls, end) = unwind(&raw.copy, &mut places);
-        let found = places.found;
+        Followed { calls, found: places.found, end, names: &mut self.names, executable: &process.executable }
+    }
+
+    pub fn name(&mut self, raw: &RawStack) -> NamedStack {
+        let Followed { calls, found, end, names, executable } = self.follow(raw);
         let mut unnamed = 0;
         let native: Vec<NativeCall> = calls
             .iter()
             .zip(found)
             .map(|(call, place)| {
                 let named = match place {
-                    Some(place) => self.names.name(raw.pid, &process.executable, &place),
+                    Some(place) => names.name(raw.pid, executable, &place),
                     None => names::unplaced(call.address),
                 };
                 unnamed += u64::from(named.is_unnamed);
@@ -120,6 +130,15 @@ impl Stacks {
     fn take_nameless(&mut self) -> Vec<Arc<Object>> {
         self.names.take_nameless()
     }
+}
+
+/// The calls of a stack, where each stands, and what names them.
+struct Followed<'a> {
+    calls: Vec<Call>,
+    found: Vec<Option<Place>>,
+    end: End,
+    names: &'a mut Names,
+    executable: &'a str,
 }
 
 /// Finds rows for the unwinder and remembers where each address stands.

@@ -36,9 +36,19 @@ enum Better {
 /// What a figure is, by its name. Counts of what happened are neither good nor bad.
 fn better(name: &str) -> Option<Better> {
     let is = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
-    if is(&["recall", "precision", "throughput_ratio", "requests_per_second"]) {
+    if is(&["recall", "precision", "throughput_ratio", "requests_per_second", "elements_per_second"]) {
         Some(Better::More)
-    } else if is(&["error", "invented", "background_blamed", "lost", "_ns", "_us", "cpu_percent", "bytes"]) {
+    } else if is(&[
+        "error",
+        "invented",
+        "background_blamed",
+        "lost",
+        "_ns",
+        "_us",
+        "cpu_percent",
+        "bytes",
+        "resident_kib",
+    ]) {
         Some(Better::Less)
     } else {
         None

@@ -3,6 +3,7 @@
 
 mod accuracy;
 mod compare;
+mod core;
 mod kernel;
 mod overhead;
 pub mod rig;
@@ -29,18 +30,20 @@ usage: cargo xtask bench accuracy [--seconds N] [--json FILE]
        cargo xtask bench tokio-overhead [--runtime multi|current] [--pairs N] [--json FILE]
        cargo xtask bench kernel [--seconds N] [--json FILE]
        cargo xtask bench ring [--seconds N] [--json FILE]
+       cargo xtask bench core [--json FILE]
        cargo xtask bench stacks [--pythons host|all] [--seconds N] [--json FILE]
        cargo xtask bench stacks-gdb [--pythons host|all] [--times N] [--json FILE]
        cargo xtask bench stacks-rate [--seconds N] [--json FILE]
        cargo xtask bench --compare OLD.json NEW.json";
 
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 10] = [
     "accuracy",
     "overhead",
     "tokio-accuracy",
     "tokio-overhead",
     "kernel",
     "ring",
+    "core",
     "stacks",
     "stacks-gdb",
     "stacks-rate",
@@ -77,6 +80,7 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
         "tokio-accuracy" => tokio::accuracy(&rig, seconds.unwrap_or(20))?,
         "tokio-overhead" => tokio::overhead(&rig, runtime, pairs.unwrap_or(12))?,
         "ring" => ring::run(&rig, seconds.unwrap_or(8))?,
+        "core" => core::run()?,
         "stacks" => stacks::completeness(&rig, pythons, seconds.unwrap_or(8))?,
         "stacks-gdb" => stacks::beside_gdb(&rig, pythons, seconds.unwrap_or(5))?,
         "stacks-rate" => stacks::rate(&rig, seconds.unwrap_or(60))?,
@@ -167,7 +171,7 @@ mod tests {
     fn results_say_what_makes_them() {
         let options = ["--seconds", "5", "--json", "/somewhere/x.json"];
         assert_eq!(command("kernel", &options), "cargo xtask bench kernel --seconds 5");
-        assert_eq!(command("stacks", &[]), "cargo xtask bench stacks");
+        assert_eq!(command("core", &[]), "cargo xtask bench core");
     }
 
     #[test]
