@@ -4,6 +4,7 @@
 mod accuracy;
 mod compare;
 mod core;
+mod growth;
 mod kernel;
 mod overhead;
 pub mod rig;
@@ -30,19 +31,21 @@ usage: cargo xtask bench accuracy [--seconds N] [--json FILE]
        cargo xtask bench tokio-overhead [--runtime multi|current] [--pairs N] [--json FILE]
        cargo xtask bench kernel [--seconds N] [--json FILE]
        cargo xtask bench ring [--seconds N] [--json FILE]
+       cargo xtask bench growth [--seconds N] [--json FILE]
        cargo xtask bench core [--json FILE]
        cargo xtask bench stacks [--pythons host|all] [--seconds N] [--json FILE]
        cargo xtask bench stacks-gdb [--pythons host|all] [--times N] [--json FILE]
        cargo xtask bench stacks-rate [--seconds N] [--json FILE]
        cargo xtask bench --compare OLD.json NEW.json";
 
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 11] = [
     "accuracy",
     "overhead",
     "tokio-accuracy",
     "tokio-overhead",
     "kernel",
     "ring",
+    "growth",
     "core",
     "stacks",
     "stacks-gdb",
@@ -62,7 +65,10 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
     let mut runtime = "multi";
     for option in options.chunks(2) {
         match (name, option) {
-            ("accuracy" | "tokio-accuracy" | "kernel" | "ring" | "stacks" | "stacks-rate", ["--seconds", value])
+            (
+                "accuracy" | "tokio-accuracy" | "kernel" | "ring" | "growth" | "stacks" | "stacks-rate",
+                ["--seconds", value],
+            )
             | ("stacks-gdb", ["--times", value]) => seconds = Some(number(value)?),
             ("stacks" | "stacks-gdb", ["--pythons", "host"]) => pythons = Interpreters::Host,
             ("stacks" | "stacks-gdb", ["--pythons", "all"]) => pythons = Interpreters::HostAndSid,
@@ -80,6 +86,7 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
         "tokio-accuracy" => tokio::accuracy(&rig, seconds.unwrap_or(20))?,
         "tokio-overhead" => tokio::overhead(&rig, runtime, pairs.unwrap_or(12))?,
         "ring" => ring::run(&rig, seconds.unwrap_or(8))?,
+        "growth" => growth::run(&rig, seconds.unwrap_or(6))?,
         "core" => core::run()?,
         "stacks" => stacks::completeness(&rig, pythons, seconds.unwrap_or(8))?,
         "stacks-gdb" => stacks::beside_gdb(&rig, pythons, seconds.unwrap_or(5))?,
