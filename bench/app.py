@@ -3,7 +3,7 @@
 Environment: BENCH_TRUTH is the file of ground truth (unset: a plain app, for measuring overhead); BENCH_SLOW_PORT the
 port of `slow_server.py`; BENCH_FOLDER where files are written and synced; BENCH_IN_PROCESS=1 adds fastapi-loopguard's
 middleware, with BENCH_REPORTS as the file of what it reports (see `in_process.py`); BENCH_MIDDLEWARE=1 adds that of
-`loopguard-emit`.
+`loopguard-emit`; BENCH_DEBUG is the file of what asyncio's debug mode reports (see `debug_mode.py`).
 """
 
 import asyncio
@@ -41,6 +41,10 @@ async def block_in_background(truth: Truth) -> None:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    if "BENCH_DEBUG" in os.environ:
+        import debug_mode
+
+        debug_mode.install(os.environ["BENCH_DEBUG"])
     background = asyncio.create_task(block_in_background(TRUTH), name="background-blocker") if TRUTH else None
     yield
     if background:

@@ -74,6 +74,12 @@ impl Rig {
         Wheel::build(&self.workspace, &self.interpreter)?.install(&self.venv)
     }
 
+    /// py-spy, in a venv of its own.
+    pub fn py_spy(&self) -> Result<PathBuf> {
+        let requirements = self.scripts.join("requirements-py-spy.txt");
+        Ok(Venv::prepare(&self.interpreter, self.folder.join("venv-py-spy"), &requirements)?.program("py-spy"))
+    }
+
     /// The app under uvicorn, once it answers.
     pub fn serve(&self, python: &Path, event_loop: &str, environment: &[(&str, &Path)]) -> Result<Server> {
         let slow_port = free_port()?;
