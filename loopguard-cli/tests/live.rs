@@ -6,7 +6,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
     path::Path,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     thread,
     time::Duration,
 };
@@ -220,6 +220,14 @@ fn a_block_that_goes_on_is_shown_and_attaching_in_its_middle_works() {
     }
 }
 
+/// One of tests/programs, and the lines that it prints. It ends with its standard input.
+fn program(python: &Path, name: &str) -> (Child, impl Iterator<Item = String>) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs").join(name);
+    let mut target = Command::new(python).arg(path).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let says = BufReader::new(target.stdout.take().unwrap()).lines().map(Result::unwrap);
+    (target, says)
+}
+
 #[test]
 fn a_loop_that_starts_later_is_found() {
     let _alone = alone();
@@ -227,9 +235,7 @@ fn a_loop_that_starts_later_is_found() {
         return;
     }
     let Some(python) = pythons().into_iter().next_back() else { return };
-    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/later_loop.py");
-    let mut target = Command::new(python).arg(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut says = BufReader::new(target.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let (mut target, mut says) = program(&python, "later_loop.py");
     assert_eq!(says.next().as_deref(), Some("ready"));
     let watching = Watching::start(target.id(), &["--threshold", "100ms"]);
     target.stdin.as_mut().unwrap().write_all(b"start\n").unwrap();
@@ -251,9 +257,7 @@ fn every_record_that_was_sent_was_received_or_lost() {
         return;
     }
     let Some(python) = pythons().into_iter().next_back() else { return };
-    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/many_waits.py");
-    let mut target = Command::new(python).arg(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut says = BufReader::new(target.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let (mut target, mut says) = program(&python, "many_waits.py");
     assert_eq!(says.next().as_deref(), Some("ready"));
     let watching = Watching::start(target.id(), &["--threshold", "16ms", "--steps", "off", "--sample-every", "1ms"]);
     thread::sleep(Duration::from_secs(1));
@@ -279,9 +283,7 @@ fn a_block_that_hardly_gets_a_processor_is_named() {
         return;
     }
     let Some(python) = pythons().into_iter().next_back() else { return };
-    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/crowded.py");
-    let mut target = Command::new(python).arg(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut says = BufReader::new(target.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let (mut target, mut says) = program(&python, "crowded.py");
     // From when the first block has been noticed on, samples are close: only the first one is hard to see.
     let watching = Watching::start(target.id(), &["--threshold", "50ms"]);
     target.stdin.as_mut().unwrap().write_all(b"block\n").unwrap();

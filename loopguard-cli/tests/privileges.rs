@@ -50,6 +50,10 @@ impl Drop for Program {
     }
 }
 
+fn server(python: &Path) -> Server {
+    Server::start(&Setup { python, server: "uvicorn-httptools", event_loop: "asyncio", environment: &[] })
+}
+
 #[test]
 fn the_documented_capabilities_suffice_and_each_missing_one_is_named() {
     let _alone = alone();
@@ -57,8 +61,7 @@ fn the_documented_capabilities_suffice_and_each_missing_one_is_named() {
         return;
     }
     let Some(python) = pythons().into_iter().next_back() else { return };
-    let server =
-        Server::start(&Setup { python: &python, server: "uvicorn-httptools", event_loop: "asyncio", environment: &[] });
+    let server = server(&python);
     let program = Program::new();
 
     let output = std::thread::scope(|scope| {
@@ -108,8 +111,7 @@ fn root_gives_up_what_is_not_needed() {
         return;
     }
     let Some(python) = pythons().into_iter().next_back() else { return };
-    let server =
-        Server::start(&Setup { python: &python, server: "uvicorn-httptools", event_loop: "asyncio", environment: &[] });
+    let server = server(&python);
     let port = free_port();
     let watching = Watching::start(server.pid(), &["--prometheus", &format!("127.0.0.1:{port}")]);
     // Whoever answers has given up what it had.

@@ -58,8 +58,8 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// A thread that is not watched, or a descriptor that is not its loop's: user space decides what it is. In a
-/// process that was watched since before it polled a thread is watched from its first poll on until that is decided, so that
+/// A thread that is not watched, or a descriptor that is not its loop's: user space decides what it is. In a process
+/// that was watched since before it polled, a thread is watched from its first poll on until that is decided, so that
 /// nothing is missed meanwhile.
 #[inline(always)]
 fn report_unknown(ctx: &TracePointContext, unknown: Unknown) {

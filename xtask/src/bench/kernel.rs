@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use loopguard_common::records::{CAPTURE_BASE, PollRecord, RawFrame, STACK_PAGE, StepRecord};
 use serde_json::{Map, Value, json};
 
-use super::overhead::said;
+use super::overhead::{busy_loop, said};
 use super::rig::{Rig, on_cpu};
 use super::{median, table};
 use crate::companion::Companion;
@@ -205,20 +205,6 @@ fn healthy_tick(rig: &Rig, event_loop: &str) -> Result<Cost> {
     watching.stop()?;
     bare.extend(ticks()?);
     Ok(attached.with(Cost::of(&bare), |attached, bare| attached - bare))
-}
-
-fn busy_loop(rig: &Rig, event_loop: &str) -> Result<(Companion, PathBuf)> {
-    let file = rig.folder.join("loop-steps.jsonl");
-    let mut command = on_cpu(0, &rig.python());
-    command
-        .arg(rig.scripts.join("loop_steps.py"))
-        .arg(event_loop)
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .stdin(Stdio::null())
-        .stdout(File::create(&file)?);
-    let target = Companion::start(&mut command)?;
-    thread::sleep(Duration::from_secs(2));
-    Ok((target, file))
 }
 
 /// What programs cost where there is nothing to do for them.

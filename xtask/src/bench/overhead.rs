@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -43,17 +43,8 @@ pub(super) fn on_path(program: &str) -> bool {
 
 /// The same loop in each state that loopguard can put it in.
 fn ticks_and_steps(rig: &Rig, event_loop: &str) -> Result<Value> {
-    let file = rig.folder.join("loop-steps.jsonl");
-    let mut command = on_cpu(0, &rig.python());
-    command
-        .arg(rig.scripts.join("loop_steps.py"))
-        .arg(event_loop)
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .stdin(Stdio::piped())
-        .stdout(File::create(&file)?);
-    let mut target = Companion::start(&mut command)?;
+    let (mut target, file) = busy_loop(rig, event_loop)?;
     let mut stdin = target.stdin().context("its input is a pipe")?;
-    thread::sleep(Duration::from_secs(2));
 
     let before = least(&file)?;
     let watching = rig.attach(target.pid(), &["--steps=auto"])?;
@@ -90,6 +81,21 @@ fn ticks_and_steps(rig: &Rig, event_loop: &str) -> Result<Value> {
         "drift_step": (before.step_ns - after.step_ns).abs().round(),
         "loopguard_cpu_percent": rounded(own_cpu * 100.0, 2),
     }))
+}
+
+/// A loop that measures its own ticks and steps, and the file that it writes them to. A line on its input blocks it.
+pub fn busy_loop(rig: &Rig, event_loop: &str) -> Result<(Companion, PathBuf)> {
+    let file = rig.folder.join("loop-steps.jsonl");
+    let mut command = on_cpu(0, &rig.python());
+    command
+        .arg(rig.scripts.join("loop_steps.py"))
+        .arg(event_loop)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .stdin(Stdio::piped())
+        .stdout(File::create(&file)?);
+    let target = Companion::start(&mut command)?;
+    thread::sleep(Duration::from_secs(2));
+    Ok((target, file))
 }
 
 struct Least {

@@ -174,10 +174,7 @@ impl Live {
             }
         }
         for pid in learned {
-            for known in self.loops.values().filter(|known| known.info.pid == pid) {
-                let _ = self.kernel.update_thread(known.info.tid, |thread| thread.flags &= !THREAD_STEPS_TASK);
-            }
-            self.unmark_polls(pid);
+            self.unmark_steps(pid);
         }
     }
 
