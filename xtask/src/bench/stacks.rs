@@ -253,7 +253,9 @@ pub fn rate(rig: &Rig, seconds: u32) -> Result<Value> {
     let targets = [start(0)?, start(1)?];
     thread::sleep(Duration::from_secs(1));
     let other = targets[1].pid().to_string();
-    let watching: Watching = rig.attach(targets[0].pid(), &["--pid", &other, CLOSELY[0], CLOSELY[1]])?;
+    // What so many captures cost is the question, so that they are not made fewer for it.
+    let options = ["--pid", &other, CLOSELY[0], CLOSELY[1], "--budget=100%"];
+    let watching: Watching = rig.attach(targets[0].pid(), &options)?;
     thread::sleep(Duration::from_secs(seconds.into()));
     let status = fs::read_to_string(format!("/proc/{}/status", watching.process.pid()))?;
     let peak =
