@@ -1,15 +1,12 @@
 //! Interpreters whose memory lies: recordings of real ones, with bytes and pointers replaced.
 //!
-//! The first byte of an input picks the recording; then follow changes of eleven bytes: where, what kind, with what.
+//! The first byte of an input picks the recording and what is looked at; then follow changes of eleven bytes: where, what kind, with what.
 #![no_main]
 
 use std::sync::{Arc, OnceLock};
 
 use libfuzzer_sys::fuzz_target;
-use loopguard::runtime::{
-    cpython::{Inspector, MemoryImage, PyThreadInfo},
-    memory::RecordedMemory,
-};
+use loopguard::runtime::cpython::{Inspector, Interpreter, MemoryImage, PyThreadInfo};
 use loopguard_common::{
     records::{CaptureRecord, WalkStatus},
     walk::{Scratch, snapshot_request, walk_frames},
@@ -27,8 +24,6 @@ struct Case {
 struct Recording {
     thread: PyThreadInfo,
     image: MemoryImage,
-    pieces: Vec<(u64, Vec<u8>)>,
-    size: usize,
 }
 
 fn recordings() -> &'static [Recording] {
@@ -38,72 +33,69 @@ fn recordings() -> &'static [Recording] {
         let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
         files.sort();
         let read = |file: &std::path::PathBuf| {
-            let Case { native_thread_id, state, interpreter, mut image } =
+            let Case { native_thread_id, state, interpreter, image } =
                 serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
-            let memory = std::mem::take(&mut image.memory);
-            let pieces: Vec<_> = memory.pieces().map(|(address, bytes)| (address, bytes.to_vec())).collect();
-            let size = memory.size();
-            Recording { thread: PyThreadInfo { native_thread_id, state, interpreter }, image, pieces, size }
+            Recording { thread: PyThreadInfo { native_thread_id, state, interpreter }, image }
         };
         files.iter().map(read).collect()
     })
 }
 
-/// Piece and offset of the `nth` byte.
-fn place(pieces: &[(u64, Vec<u8>)], mut nth: usize) -> Option<(usize, usize)> {
-    for (i, (_, bytes)) in pieces.iter().enumerate() {
-        if nth < bytes.len() {
-            return Some((i, nth));
-        }
-        nth -= bytes.len();
-    }
-    None
-}
-
 fuzz_target!(|bytes: &[u8]| {
     let Some((which, changes)) = bytes.split_first() else { return };
-    let recording = &recordings()[usize::from(*which) % recordings().len()];
-    let mut pieces = recording.pieces.clone();
+    let (look, recording) = (usize::from(*which) / recordings().len(), usize::from(*which) % recordings().len());
+    let recording = &recordings()[recording];
+    let mut image = recording.image.clone();
+    let size = image.memory.size();
     let (changes, _) = changes.as_chunks::<11>();
     for [low, high, kind, value @ ..] in changes {
-        let nth = usize::from(u16::from_le_bytes([*low, *high])) % recording.size;
-        let Some((piece, offset)) = place(&pieces, nth) else { continue };
+        let nth = usize::from(u16::from_le_bytes([*low, *high])) % size;
         let new = match kind % 3 {
             0 => value[..1].to_vec(),
             1 => value.to_vec(),
             // A pointer to somewhere in the recording: what real pointers lead to, but not this one.
             _ => {
-                let to = usize::from(u16::from_le_bytes([value[0], value[1]])) % recording.size;
-                let Some((piece, offset)) = place(&pieces, to) else { continue };
-                (pieces[piece].0 + offset as u64).to_le_bytes().to_vec()
+                let to = usize::from(u16::from_le_bytes([value[0], value[1]])) % size;
+                image.memory.address_of(to).unwrap_or_default().to_le_bytes().to_vec()
             }
         };
         // Pointers are where pointers are aligned.
-        let offset = if new.len() == 8 { offset & !7 } else { offset };
-        let old = &mut pieces[piece].1[offset..];
+        let back = if new.len() == 8 { image.memory.address_of(nth).unwrap_or_default() as usize % 8 } else { 0 };
+        let old = &mut image.memory.bytes_mut()[nth.saturating_sub(back)..];
         let length = new.len().min(old.len());
         old[..length].copy_from_slice(&new[..length]);
     }
-    let mut image = recording.image.clone();
-    image.memory = RecordedMemory::from_pieces(pieces);
     if let Ok(interpreter) = image.interpreter() {
-        look_at_everything(Arc::new(interpreter), &recording.thread);
+        look_at(look, Arc::new(interpreter), &recording.thread);
     }
 });
 
-fn look_at_everything(interpreter: Arc<loopguard::runtime::cpython::Interpreter>, thread: &PyThreadInfo) {
-    let _ = interpreter.threads();
-    interpreter.gil_ranges(thread.interpreter);
+/// One thing at a time: the fuzzer learns more of many short looks than of a few long ones.
+fn look_at(which: usize, interpreter: Arc<Interpreter>, thread: &PyThreadInfo) {
     // SAFETY: integers only.
     let mut capture: CaptureRecord = unsafe { std::mem::zeroed() };
     let mut scratch = Scratch::default();
     let layout = interpreter.layout();
     walk_frames(interpreter.memory(), &layout, thread.walked(), &mut scratch, &mut capture);
-    snapshot_request(interpreter.memory(), &layout, &mut scratch, &mut capture.request);
-    let mut inspector = Inspector::new(interpreter);
-    inspector.stack(&capture.frames[..capture.frame_count as usize], WalkStatus::Complete);
-    inspector.request(&capture.request);
-    if let Ok(Some(task)) = inspector.current_task(thread, capture.task) {
-        let _ = inspector.request_of_task(task.address);
+    match which % 4 {
+        0 => {
+            let frames = &capture.frames[..capture.frame_count as usize];
+            Inspector::new(interpreter).stack(frames, WalkStatus::Complete);
+        }
+        1 => {
+            snapshot_request(interpreter.memory(), &layout, &mut scratch, &mut capture.request);
+            Inspector::new(interpreter).request(&capture.request);
+        }
+        2 => {
+            let mut inspector = Inspector::new(interpreter);
+            if let Ok(Some(task)) = inspector.current_task(thread, capture.task) {
+                let _ = inspector.request_of_task(task.address);
+            }
+        }
+        _ => {
+            let _ = interpreter.threads();
+            interpreter.gil_ranges(thread.interpreter);
+            let _ = Inspector::new(interpreter).requests_in_flight(thread);
+        }
     }
 }

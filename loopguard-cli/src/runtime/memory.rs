@@ -368,43 +368,60 @@ impl<M: Memory> Memory for Recorder<M> {
 /// Pieces of a process's memory as they once were. On disk: a list of `[address, bytes]`, both in hexadecimal.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RecordedMemory {
-    /// Neither overlapping nor touching.
-    pieces: BTreeMap<u64, Vec<u8>>,
+    /// Address of each, and where its bytes begin among all bytes; by address, neither overlapping nor touching.
+    pieces: Vec<(u64, usize)>,
+    bytes: Vec<u8>,
 }
 
 impl RecordedMemory {
     /// Joins pieces that overlap or touch; where they disagree, the one at the lower address wins.
     pub fn from_pieces(pieces: impl IntoIterator<Item = (u64, Vec<u8>)>) -> Self {
         let sorted: BTreeMap<u64, Vec<u8>> = pieces.into_iter().collect();
-        let mut joined: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
+        let mut joined = Self::default();
         for (address, bytes) in sorted {
-            if let Some(mut last) = joined.last_entry() {
-                let overlap = (*last.key() + last.get().len() as u64).checked_sub(address);
-                if let Some(overlap) = overlap {
-                    let new = bytes.get(overlap as usize..).unwrap_or_default();
-                    last.get_mut().extend_from_slice(new);
-                    continue;
+            let overlap = joined.pieces.last().and_then(|(last, at)| {
+                let end = last + (joined.bytes.len() - at) as u64;
+                end.checked_sub(address)
+            });
+            match overlap {
+                Some(overlap) => joined.bytes.extend_from_slice(bytes.get(overlap as usize..).unwrap_or_default()),
+                None => {
+                    joined.pieces.push((address, joined.bytes.len()));
+                    joined.bytes.extend_from_slice(&bytes);
                 }
             }
-            joined.insert(address, bytes);
         }
-        Self { pieces: joined }
+        joined
     }
 
     /// In the order of their addresses.
     pub fn pieces(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        self.pieces.iter().map(|(address, bytes)| (*address, bytes.as_slice()))
+        let ends = self.pieces.iter().skip(1).map(|(_, at)| *at).chain([self.bytes.len()]);
+        self.pieces.iter().zip(ends).map(|((address, at), end)| (*address, &self.bytes[*at..end]))
+    }
+
+    /// All bytes it holds, one piece behind the other.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+
+    /// The address of the `nth` byte it holds.
+    pub fn address_of(&self, nth: usize) -> Option<u64> {
+        let (address, at) = self.pieces[..self.pieces.partition_point(|(_, at)| *at <= nth)].last()?;
+        (nth < self.bytes.len()).then(|| address + (nth - at) as u64)
     }
 
     /// Bytes it holds.
     pub fn size(&self) -> usize {
-        self.pieces.values().map(Vec::len).sum()
+        self.bytes.len()
     }
 
     fn find(&self, address: u64, length: usize) -> Option<&[u8]> {
-        let (&start, bytes) = self.pieces.range(..=address).next_back()?;
+        let next = self.pieces.partition_point(|(start, _)| *start <= address);
+        let (start, at) = self.pieces[..next].last()?;
+        let end = self.pieces.get(next).map_or(self.bytes.len(), |(_, at)| *at);
         let from = usize::try_from(address - start).ok()?;
-        bytes.get(from..from.checked_add(length)?)
+        self.bytes[*at..end].get(from..from.checked_add(length)?)
     }
 }
 
@@ -427,7 +444,7 @@ impl Memory for RecordedMemory {
 
 impl Serialize for RecordedMemory {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_seq(self.pieces.iter().map(|(address, bytes)| {
+        to.collect_seq(self.pieces().map(|(address, bytes)| {
             let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             (format!("{address:x}"), hex)
         }))
