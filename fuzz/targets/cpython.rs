@@ -95,7 +95,7 @@ fn look_at(which: usize, interpreter: Arc<Interpreter>, thread: &PyThreadInfo) {
         _ => {
             let _ = interpreter.threads();
             interpreter.gil_ranges(thread.interpreter);
-            let _ = Inspector::new(interpreter).requests_in_flight(thread);
+            let _ = Inspector::new(interpreter).requests_in_flight(thread, None);
         }
     }
 }

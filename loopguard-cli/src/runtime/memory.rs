@@ -179,7 +179,10 @@ pub struct GlancedMemory {
 struct KeptPages {
     is_looking: bool,
     at: HashMap<u64, Kept>,
+    /// Only grows: what the next look reads takes the place of what the last one did.
     bytes: Vec<u8>,
+    /// How many of them this look has filled.
+    filled: usize,
     /// What the last look of the kind that comes again and again needed.
     usual: Vec<u64>,
 }
@@ -202,12 +205,9 @@ impl KeptPages {
                 if self.at.len() >= MAX_PAGES {
                     self.clear();
                 }
-                let at = self.bytes.len();
-                self.bytes.resize(at + PAGE, 0);
-                if let Err(fault) = memory.read_exact(page, &mut self.bytes[at..]) {
-                    self.bytes.truncate(at);
-                    return Err(fault);
-                }
+                let at = self.filled;
+                memory.read_exact(page, self.room(1))?;
+                self.filled += PAGE;
                 self.at.insert(page, Kept { at, is_used: true });
                 at
             }
@@ -218,11 +218,21 @@ impl KeptPages {
     /// Reads what the last look needed by one system call: most of it is where it was. Pages behind one that is gone are
     /// read when they are needed.
     fn read_usual(&mut self, memory: &ProcessMemory) {
-        self.bytes.resize(self.usual.len() * PAGE, 0);
-        let got = memory.read_pages(&self.usual, &mut self.bytes);
-        self.bytes.truncate(got * PAGE);
+        let usual = std::mem::take(&mut self.usual);
+        let got = memory.read_pages(&usual, self.room(usual.len()));
+        self.usual = usual;
+        self.filled = got * PAGE;
         let read = self.usual.iter().take(got).enumerate();
         self.at.extend(read.map(|(i, &page)| (page, Kept { at: i * PAGE, is_used: false })));
+    }
+
+    /// Where the next pages go.
+    fn room(&mut self, pages: usize) -> &mut [u8] {
+        let end = self.filled + pages * PAGE;
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        &mut self.bytes[self.filled..end]
     }
 
     fn remember_usual(&mut self) {
@@ -233,7 +243,7 @@ impl KeptPages {
 
     fn clear(&mut self) {
         self.at.clear();
-        self.bytes.clear();
+        self.filled = 0;
     }
 
     /// Hands `length` bytes at `address` to `take`, in pieces, each with its place among them.

@@ -11,14 +11,16 @@ use gimli::{
     UnwindTableRow,
 };
 
+use super::recent::Recent;
+
 type Slice<'a> = EndianSlice<'a, LittleEndian>;
 
 /// Bytes of one function's entry; the largest real ones have some ten thousand.
 const MAX_ENTRY: usize = 1 << 20;
 /// Functions of one file that an index is made of.
 const MAX_FUNCTIONS: usize = 4 << 20;
-/// Rows kept at a time.
-const MAX_ROWS: usize = 32_768;
+/// Rows that are remembered at least.
+const ROWS: usize = 2048;
 const ADDRESS_SIZE: u8 = 8;
 
 /// A section's bytes and its address in the file's own terms.
@@ -258,13 +260,19 @@ where
 }
 
 /// Rows looked up before, by file and address.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Rows {
     known: Known,
     by_code: Known,
 }
 
-type Known = HashMap<(u32, u64), Result<Arc<Row>, NoRow>>;
+type Known = Recent<(u32, u64), Result<Arc<Row>, NoRow>>;
+
+impl Default for Rows {
+    fn default() -> Self {
+        Self { known: Recent::of(ROWS), by_code: Recent::of(ROWS) }
+    }
+}
 
 impl Rows {
     pub fn get(&mut self, key: (u32, u64), look_up: impl FnOnce() -> Result<Row, NoRow>) -> Result<Arc<Row>, NoRow> {
@@ -285,11 +293,8 @@ impl Rows {
         key: (u32, u64),
         look_up: impl FnOnce() -> Result<Row, NoRow>,
     ) -> Result<Arc<Row>, NoRow> {
-        if let Some(known) = known.get(&key) {
-            return known.clone();
-        }
-        if known.len() >= MAX_ROWS {
-            known.clear();
+        if let Some(known) = known.get(key) {
+            return known;
         }
         let row = look_up().map(Arc::new);
         known.insert(key, row.clone());

@@ -2,7 +2,8 @@
 //! name needs them.
 //!
 //! The tables of one libpython are 30 MB, read once for a handful of names. As long as they are mapped they count as
-//! loopguard's own and are the last that the kernel gives up when memory is short.
+//! loopguard's own and are the last that the kernel gives up when memory is short. What was made of them is given back too
+//! once it is freed.
 
 use std::{collections::HashSet, fs, ops::Range};
 
@@ -12,6 +13,15 @@ pub fn trim() {
     for range in symbol_files(&maps) {
         // SAFETY: a mapping of a file that can't be written through it has the same bytes when it is read again.
         unsafe { libc::madvise(range.start as *mut libc::c_void, range.len(), libc::MADV_DONTNEED) };
+    }
+}
+
+/// Gives memory that is free back to the system: the allocator keeps what lies between what is still used.
+pub fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes the allocator's own locks, and touches only what is free.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

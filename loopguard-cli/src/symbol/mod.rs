@@ -1,7 +1,7 @@
 //! Turns what the kernel copied of a thread's stack into named frames, Python's among them.
 //!
 //! [`space`] says which file an address is in ([`maps`], [`object`]), [`unwind`] follows the calls by what [`cfi`] reads (or [`leaf`]),
-//! [`names`] names them and [`origin`] says whose they are, [`join`] puts the Python frames in their place. All of it runs
+//! [`names`] names them and [`origin`] says whose they are ([`recent`] remembers both), [`join`] puts the Python frames in their place. All of it runs
 //! on a thread of its own, behind [`naming`]; [`footprint`] keeps it small.
 
 pub mod cfi;
@@ -14,6 +14,7 @@ mod names;
 pub mod naming;
 mod object;
 mod origin;
+mod recent;
 mod space;
 pub mod unwind;
 
@@ -124,6 +125,14 @@ impl Stacks {
         let mut stack = join(&native, &raw.python, ends);
         stack.frames.splice(0..0, raw.kernel.clone());
         NamedStack { stack, unnamed, calls, end: Some(end) }
+    }
+
+    /// Gives memory back that is hardly needed any more. Returns whether there is nothing left of that kind.
+    fn let_go(&mut self) -> bool {
+        let is_done = self.names.let_go();
+        footprint::trim();
+        footprint::give_back();
+        is_done
     }
 
     /// Files found to have no names since the last call.

@@ -1,6 +1,13 @@
 //! Turns places in files into functions, files and lines: those that were inlined there too.
 
-use std::{collections::HashMap, fs::File, path::PathBuf, sync::Arc};
+use std::{
+    cell::OnceCell,
+    collections::HashMap,
+    fs::File,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use blazesym::symbolize::{
     CodeInfo, Input, Symbolized, Symbolizer,
@@ -10,13 +17,14 @@ use blazesym::symbolize::{
 use super::{
     object::{Object, debug_file, path_of},
     origin::{Module, origin},
+    recent::Recent,
     space::Place,
 };
 use crate::core::event::{Frame, FrameKind, Origin};
 use crate::runtime::target_file;
 
-/// Places kept at a time; a large server runs through some thousands.
-const MAX_PLACES: usize = 65_536;
+/// Places that are remembered at least. A server runs through some hundreds again and again, and through others once.
+const PLACES: usize = 2048;
 const MAX_NAME: usize = 512;
 const MAX_PATH: usize = 1024;
 /// Inlined functions at one place.
@@ -32,10 +40,15 @@ pub struct Named {
     pub is_eval: bool,
 }
 
+/// What was read of a file's debug information is kept so many times as long as it took to begin reading it, but not
+/// for less than a second: it grows with every place, and once the usual places are known few others come.
+const KEPT_TIMES: u32 = 200;
+const KEPT_AT_LEAST: Duration = Duration::from_secs(1);
+
 /// Names places and remembers the answers by file and address: a file is the same in all processes that map it.
 pub struct Names {
-    symbolizer: Symbolizer,
-    known: HashMap<(u32, u64), Named>,
+    readers: HashMap<u32, Reader>,
+    known: Recent<(u32, u64), Named>,
     sources: HashMap<u32, Sources>,
     /// Files in which a name was not found, once each.
     nameless: HashMap<u32, Arc<Object>>,
@@ -44,10 +57,9 @@ pub struct Names {
 
 impl Default for Names {
     fn default() -> Self {
-        let symbolizer = Symbolizer::builder().enable_auto_reload(false).build();
         Self {
-            symbolizer,
-            known: HashMap::new(),
+            readers: HashMap::new(),
+            known: Recent::of(PLACES),
             sources: HashMap::new(),
             nameless: HashMap::new(),
             new_nameless: Vec::new(),
@@ -58,11 +70,8 @@ impl Default for Names {
 impl Names {
     pub fn name(&mut self, pid: u32, executable: &str, place: &Place) -> Named {
         let key = (place.object.id, place.address);
-        if let Some(known) = self.known.get(&key) {
-            return known.clone();
-        }
-        if self.known.len() >= MAX_PLACES {
-            self.known.clear();
+        if let Some(known) = self.known.get(key) {
+            return known;
         }
         let named = self.look_up(pid, executable, place);
         if named.is_unnamed && self.nameless.insert(place.object.id, place.object.clone()).is_none() {
@@ -77,11 +86,19 @@ impl Names {
         std::mem::take(&mut self.new_nameless)
     }
 
+    /// Forgets what was read of debug information some time ago. Returns whether nothing is left of it.
+    pub fn let_go(&mut self) -> bool {
+        self.readers.retain(|_, reader| reader.opened.elapsed() < reader.kept_for());
+        self.readers.is_empty()
+    }
+
     fn look_up(&mut self, pid: u32, executable: &str, place: &Place) -> Named {
         let object = &place.object;
         let sources = self.sources.entry(object.id).or_insert_with(|| Sources::of(pid, object));
         let module = Module { path: &object.path, is_executable: object.path == executable };
-        let found = self.symbolizer.symbolize_single(&sources.debug_information, Input::VirtOffset(place.address));
+        let reader = self.readers.entry(object.id).or_insert_with(Reader::open);
+        let found = reader.symbolizer.symbolize_single(&sources.debug_information, Input::VirtOffset(place.address));
+        reader.has_read();
         let Ok(Symbolized::Sym(symbol)) = found else {
             let function = format!("{}+{:#x}", object.name(), place.address);
             let frame = frame(&module, Name::Offset(function), None);
@@ -92,7 +109,7 @@ impl Names {
         if symbol.code_info.as_deref().is_some_and(is_rust)
             && lacks_path(&name)
             && let Ok(Symbolized::Sym(same)) =
-                self.symbolizer.symbolize_single(&sources.symbol_table, Input::VirtOffset(place.address))
+                reader.symbolizer.symbolize_single(&sources.symbol_table, Input::VirtOffset(place.address))
             && is_path_of(&same.name, &name)
         {
             name = same.name.into_owned();
@@ -105,6 +122,29 @@ impl Names {
         let mut frames: Vec<Arc<Frame>> = std::iter::once(outer).chain(inlined).collect();
         frames.reverse();
         Named { frames: frames.into(), is_unnamed: false, is_eval }
+    }
+}
+
+/// What was read of one file.
+struct Reader {
+    symbolizer: Symbolizer,
+    opened: Instant,
+    /// How long the first place took.
+    took: OnceCell<Duration>,
+}
+
+impl Reader {
+    fn open() -> Self {
+        let symbolizer = Symbolizer::builder().enable_auto_reload(false).build();
+        Self { symbolizer, opened: Instant::now(), took: OnceCell::new() }
+    }
+
+    fn has_read(&self) {
+        self.took.get_or_init(|| self.opened.elapsed());
+    }
+
+    fn kept_for(&self) -> Duration {
+        KEPT_AT_LEAST.max(self.took.get().copied().unwrap_or_default() * KEPT_TIMES)
     }
 }
 
@@ -227,6 +267,26 @@ pub fn unplaced(address: u64) -> Named {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::symbol::{object::Objects, space::AddressSpace};
+
+    #[test]
+    fn names_come_again_once_what_was_read_is_let_go() {
+        let (pid, mut objects) = (std::process::id(), Objects::default());
+        let mut space = AddressSpace::new(pid);
+        space.refresh();
+        let here = names_come_again_once_what_was_read_is_let_go as fn() as usize as u64;
+        let place = space.place(&mut objects, here).ok().expect("our own code is in our own file");
+        let mut names = Names::default();
+        let name = |names: &mut Names| names.look_up(pid, "", &place).frames;
+        let first = name(&mut names);
+        assert!(first.iter().any(|frame| frame.function.contains("names_come_again")), "{first:?}");
+        assert!(!names.let_go(), "it was read just now");
+        for reader in names.readers.values_mut() {
+            reader.opened = reader.opened.checked_sub(Duration::from_secs(1800)).expect("the machine runs for longer");
+        }
+        assert!(names.let_go());
+        assert_eq!(name(&mut names), first);
+    }
 
     #[test]
     fn a_name_in_full_is_taken_only_for_the_same_function() {

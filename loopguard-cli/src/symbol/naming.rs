@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{NamedStack, RawStack, Stacks, footprint, object::Object, unwind::End};
+use super::{NamedStack, RawStack, Stacks, object::Object, unwind::End};
 use crate::core::{
     event::{Capture, Event, Stack, Tid},
     status::StackCounts,
@@ -29,7 +29,7 @@ const MAX_HELD: usize = 65_536;
 /// How long an event waits at most.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How often pages of symbol files are let go of, while names are looked up.
+/// How often what was read of symbol files is let go of, while names are looked up.
 const TRIM_EVERY: Duration = Duration::from_secs(10);
 const FOREVER: Duration = Duration::from_secs(3600);
 
@@ -252,9 +252,8 @@ fn run(to_do: &Receiver<Work>, report: &mpsc::Sender<Done>) {
     let mut is_trimmed = true;
     loop {
         if !is_trimmed && trimmed.elapsed() >= TRIM_EVERY {
-            footprint::trim();
+            is_trimmed = stacks.let_go();
             trimmed = Instant::now();
-            is_trimmed = true;
         }
         let work = match to_do.recv_timeout(if is_trimmed { FOREVER } else { TRIM_EVERY }) {
             Ok(work) => work,

@@ -2,20 +2,19 @@
 //! back as it was.
 
 use std::collections::VecDeque;
-use std::future::poll_fn;
 use std::io::{self, BufWriter, IsTerminal as _, Stdout, Write as _};
-use std::pin::Pin;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use crossterm::event::{DisableMouseCapture, EnableMouseCapture, Event, EventStream};
+use crossterm::event::{DisableMouseCapture, EnableMouseCapture, Event};
 use crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen, enable_raw_mode};
 use crossterm::{Command as _, cursor, execute};
-use futures_core::Stream as _;
 use ratatui::Terminal;
 use ratatui::backend::CrosstermBackend;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, sleep_until};
 
 use super::draw::draw;
@@ -52,7 +51,7 @@ pub struct Screen {
 /// The terminal, while it is ours.
 struct Taken {
     terminal: Terminal<CrosstermBackend<BufWriter<Stdout>>>,
-    keys: EventStream,
+    keys: UnboundedReceiver<io::Result<Event>>,
 }
 
 /// What the person at the keyboard wants.
@@ -137,7 +136,7 @@ impl Screen {
             .context("write to the terminal")?;
         let out = BufWriter::with_capacity(OUTPUT_BUFFER, io::stdout());
         let terminal = Terminal::new(CrosstermBackend::new(out)).context("draw on the terminal")?;
-        self.taken = Some(Taken { terminal, keys: EventStream::new() });
+        self.taken = Some(Taken { terminal, keys: read_keys()? });
         self.draw()
     }
 
@@ -161,7 +160,7 @@ impl Screen {
         let due = self.due();
         let Some(taken) = &mut self.taken else { return std::future::pending().await };
         tokio::select! {
-            event = next(&mut taken.keys) => {
+            event = taken.keys.recv() => {
                 // Without a terminal there is nobody left to show anything.
                 return Ok(event.and_then(Result::ok).map_or(Wish::Leave, |event| self.event(event)));
             }
@@ -263,8 +262,21 @@ impl Drop for Screen {
     }
 }
 
-async fn next(keys: &mut EventStream) -> Option<io::Result<Event>> {
-    poll_fn(|context| Pin::new(&mut *keys).poll_next(context)).await
+/// Keys as they come. They are read by a thread of their own: to ask for them is costly, and the loop that waits for them
+/// runs for every record too.
+fn read_keys() -> Result<UnboundedReceiver<io::Result<Event>>> {
+    let (sender, keys) = unbounded_channel();
+    let read = move || {
+        loop {
+            let event = crossterm::event::read();
+            let is_last = event.is_err();
+            if sender.send(event).is_err() || is_last {
+                break;
+            }
+        }
+    };
+    thread::Builder::new().name("loopguard-keys".to_owned()).spawn(read).context("start a thread")?;
+    Ok(keys)
 }
 
 static IS_TAKEN: AtomicBool = AtomicBool::new(false);

@@ -1,10 +1,21 @@
 //! Turns the tasks of one event loop into the requests that are in flight on it.
+//!
+//! Each block of a busy loop is a reason to look, and most tasks were there the last time: what is known of a task that
+//! can't have changed is not read again.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use loopguard_common::records::RequestSnapshot;
 
 use super::code::Codes;
 use super::{Fault, Interpreter, PyThreadInfo};
+use crate::core::event::RequestFacts;
 use crate::runtime::memory::TargetMemory;
+
+/// A task that was nobody's request for so long is looked into no more often than that.
+const SETTLED: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// Tasks looked at; the rest is said to be unread.
 const MAX_TASKS: usize = 512;
@@ -27,7 +38,94 @@ pub(super) struct Tasks {
     pub unread: u32,
 }
 
+/// What the looks before have found.
+#[derive(Debug, Default)]
+pub(super) struct KnownTasks {
+    by_address: HashMap<u64, KnownTask>,
+}
+
+#[derive(Debug)]
+struct KnownTask {
+    identity: TaskIdentity,
+    found: Found,
+    is_there: bool,
+}
+
+/// Which task it is: addresses are used again, numbers are not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TaskIdentity {
+    number: u32,
+    coroutine: u64,
+}
+
+#[derive(Debug)]
+enum Found {
+    /// That of the scope which the task's outermost coroutine was called with.
+    Request { scope: u64, request: RequestFacts },
+    /// No request's.
+    Nothing { since: Instant, read_at: Instant },
+}
+
+/// What is known of a task without looking into it.
+pub(super) enum Known<'a> {
+    /// It may be this request's, if the scope in its outermost coroutine is still this one.
+    Request(u64, &'a RequestFacts),
+    NoRequest,
+    Unknown,
+}
+
+impl KnownTasks {
+    pub fn get(&mut self, task: u64, identity: Option<TaskIdentity>) -> Known<'_> {
+        match self.by_address.get_mut(&task) {
+            Some(known) if Some(known.identity) == identity => {
+                known.is_there = true;
+                match &known.found {
+                    Found::Request { scope, request } => Known::Request(*scope, request),
+                    Found::Nothing { since, read_at }
+                        if since.elapsed() > SETTLED && read_at.elapsed() < LOOK_AGAIN =>
+                    {
+                        Known::NoRequest
+                    }
+                    Found::Nothing { .. } => Known::Unknown,
+                }
+            }
+            _ => Known::Unknown,
+        }
+    }
+
+    pub fn is_request(&mut self, task: u64, identity: TaskIdentity, (scope, request): (u64, &RequestFacts)) {
+        let found = Found::Request { scope, request: request.clone() };
+        self.by_address.insert(task, KnownTask { identity, found, is_there: true });
+    }
+
+    pub fn is_no_request(&mut self, task: u64, identity: TaskIdentity) {
+        let now = Instant::now();
+        let since = match self.by_address.get(&task) {
+            Some(KnownTask { identity: of, found: Found::Nothing { since, .. }, .. }) if *of == identity => *since,
+            _ => now,
+        };
+        let found = Found::Nothing { since, read_at: now };
+        self.by_address.insert(task, KnownTask { identity, found, is_there: true });
+    }
+
+    /// Forgets the tasks that no look has met since the last call.
+    pub fn sweep(&mut self) {
+        self.by_address.retain(|_, known| std::mem::take(&mut known.is_there));
+    }
+}
+
 impl Interpreter {
+    /// `None`: somebody gave it a name of its own, or it has none yet.
+    pub(super) fn task_identity(&self, task: u64) -> Option<TaskIdentity> {
+        Some(TaskIdentity { number: self.task_number(task)?, coroutine: self.task_coroutine(task).ok()? })
+    }
+
+    /// The scope in the outermost coroutine of a task, if it is there: as a rule the task is called with it.
+    pub(super) fn outermost_scope(&self, codes: &mut Codes, task: u64) -> Option<u64> {
+        let frame = self.first_coroutine_frame(self.task_coroutine(task).ok()?)?;
+        self.scope_in_frame(codes, frame).ok()?
+    }
+
     /// The tasks of the event loop that a thread runs, those that are done perhaps among them.
     pub(super) fn tasks_of_loop(&self, thread: &PyThreadInfo) -> Result<Tasks, Fault> {
         if self.version.minor >= 14 { self.tasks_in_list(thread) } else { self.tasks_in_set(thread) }
@@ -110,5 +208,62 @@ impl Interpreter {
         }
         self.task_coroutine(task)?;
         Ok(self.scope_of_task(codes, task))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TASK: u64 = 0x1000;
+    const IDENTITY: TaskIdentity = TaskIdentity { number: 7, coroutine: 0x2000 };
+
+    fn scope_of(tasks: &mut KnownTasks, identity: Option<TaskIdentity>) -> Option<u64> {
+        match tasks.get(TASK, identity) {
+            Known::Request(scope, _) => Some(scope),
+            Known::NoRequest | Known::Unknown => None,
+        }
+    }
+
+    #[test]
+    fn what_is_known_of_a_task_is_not_believed_of_another_at_its_place() {
+        let request = RequestFacts {
+            id: "a".into(),
+            method: None,
+            path: "/".into(),
+            route: Some("/".into()),
+            client: None,
+            trace_id: None,
+        };
+        let mut tasks = KnownTasks::default();
+        tasks.is_request(TASK, IDENTITY, (0x3000, &request));
+        assert_eq!(scope_of(&mut tasks, Some(IDENTITY)), Some(0x3000));
+        assert_eq!(scope_of(&mut tasks, Some(TaskIdentity { number: 8, ..IDENTITY })), None);
+        assert_eq!(scope_of(&mut tasks, Some(TaskIdentity { coroutine: 0x2800, ..IDENTITY })), None);
+        assert_eq!(scope_of(&mut tasks, None), None);
+        // It was met since the last sweep, and then no more.
+        tasks.sweep();
+        assert_eq!(scope_of(&mut tasks, Some(IDENTITY)), Some(0x3000));
+        tasks.sweep();
+        tasks.sweep();
+        assert_eq!(scope_of(&mut tasks, Some(IDENTITY)), None);
+    }
+
+    #[test]
+    fn a_new_task_is_looked_into_each_time() {
+        let mut tasks = KnownTasks::default();
+        for _ in 0..3 {
+            assert!(matches!(tasks.get(TASK, Some(IDENTITY)), Known::Unknown));
+            tasks.is_no_request(TASK, IDENTITY);
+        }
+        // Long since known to be nobody's.
+        let Some(known) = tasks.by_address.get_mut(&TASK) else { panic!("it was just told of") };
+        let long_ago = Instant::now().checked_sub(SETTLED * 2).expect("the machine runs for longer");
+        known.found = Found::Nothing { since: long_ago, read_at: Instant::now() };
+        assert!(matches!(tasks.get(TASK, Some(IDENTITY)), Known::NoRequest));
+        assert!(matches!(tasks.get(TASK, Some(TaskIdentity { number: 8, ..IDENTITY })), Known::Unknown));
+        tasks.by_address.clear();
+        tasks.is_no_request(TASK, IDENTITY);
+        assert!(matches!(tasks.get(TASK, Some(IDENTITY)), Known::Unknown));
     }
 }

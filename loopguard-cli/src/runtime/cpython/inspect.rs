@@ -5,8 +5,9 @@ use std::sync::Arc;
 use loopguard_common::records::{FRAME_ENTRY, FRAME_SHIM, RawFrame, RequestSnapshot, WalkStatus};
 
 use super::code::Codes;
+use super::in_flight::{Known, KnownTasks};
 use super::request::Routes;
-use super::{Interpreter, NotTold, PyThreadInfo, TaskFacts};
+use super::{Fault, Interpreter, NotTold, PyThreadInfo, TaskFacts};
 use crate::core::event::{RequestFacts, Stack};
 use crate::symbol::join::PythonRun;
 
@@ -16,11 +17,12 @@ pub struct Inspector {
     interpreter: Arc<Interpreter>,
     codes: Codes,
     routes: Routes,
+    tasks: KnownTasks,
 }
 
 impl Inspector {
     pub fn new(interpreter: Arc<Interpreter>) -> Self {
-        Self { interpreter, codes: Codes::default(), routes: Routes::default() }
+        Self { interpreter, codes: Codes::default(), routes: Routes::default(), tasks: KnownTasks::default() }
     }
 
     pub fn interpreter(&self) -> &Arc<Interpreter> {
@@ -70,28 +72,60 @@ impl Inspector {
     }
 
     /// The requests that have a task on the event loop a thread runs, each once; and how many tasks could not be read.
-    pub fn requests_in_flight(&mut self, thread: &PyThreadInfo) -> Result<(Vec<RequestFacts>, u32), NotTold> {
+    ///
+    /// `running`: the scope of the step that runs, and its request, which need not be read once more.
+    pub fn requests_in_flight(
+        &mut self,
+        thread: &PyThreadInfo,
+        running: Option<(u64, &RequestFacts)>,
+    ) -> Result<(Vec<RequestFacts>, u32), NotTold> {
         let interpreter = self.interpreter.clone();
         let _glance = interpreter.memory.usual_glance();
         let seen = self.interpreter.tasks_of_loop(thread).map_err(|_| NotTold::Unreadable)?;
         let mut unread = seen.unread;
         let mut requests: Vec<RequestFacts> = Vec::new();
         for task in seen.tasks {
-            let snapshot = match self.interpreter.scope_in_task(&mut self.codes, task) {
-                Ok(Some(snapshot)) => snapshot,
-                Ok(None) => continue,
-                Err(_) => {
-                    unread += 1;
-                    continue;
-                }
-            };
-            match self.request(&snapshot) {
-                Some(request) if requests.iter().any(|known| known.is_same(&request)) => {}
-                Some(request) => requests.push(request),
-                None => unread += 1,
+            match self.request_in_task(task, running) {
+                Ok(Some(request)) if requests.iter().any(|known| known.is_same(&request)) => {}
+                Ok(Some(request)) => requests.push(request),
+                Ok(None) => {}
+                Err(_) => unread += 1,
             }
         }
+        self.tasks.sweep();
         Ok((requests, unread))
+    }
+
+    fn request_in_task(
+        &mut self,
+        task: u64,
+        running: Option<(u64, &RequestFacts)>,
+    ) -> Result<Option<RequestFacts>, Fault> {
+        let identity = self.interpreter.task_identity(task);
+        let known = self.tasks.get(task, identity);
+        if let Known::NoRequest = known {
+            return Ok(None);
+        }
+        let scope = self.interpreter.outermost_scope(&mut self.codes, task);
+        match (known, running) {
+            (_, Some((of, request))) if scope == Some(of) => return Ok(Some(request.clone())),
+            (Known::Request(of, request), _) if scope == Some(of) => return Ok(Some(request.clone())),
+            _ => {}
+        }
+        let snapshot = self.interpreter.scope_in_task(&mut self.codes, task)?;
+        let Some(snapshot) = snapshot else {
+            if let Some(identity) = identity {
+                self.tasks.is_no_request(task, identity);
+            }
+            return Ok(None);
+        };
+        let unreadable = Fault::Unexpected { address: snapshot.scope, expected: "a request" };
+        let request = self.request(&snapshot).ok_or(unreadable)?;
+        // Its route may still come.
+        if let Some(identity) = identity.filter(|_| scope == Some(snapshot.scope) && request.route.is_some()) {
+            self.tasks.is_request(task, identity, (snapshot.scope, &request));
+        }
+        Ok(Some(request))
     }
 
     /// The request that a live task works for, by its own coroutines or by those that await it; `Ok(None)`: none.

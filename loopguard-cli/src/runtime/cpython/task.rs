@@ -156,20 +156,22 @@ impl Interpreter {
     }
 
     pub(super) fn task_facts(&self, task: u64) -> TaskFacts {
-        let name =
-            self.memory.field(task, self.task_name_offset()).and_then(|name| match self.type_name(name)?.as_str() {
-                // Named lazily, from 3.12 on.
-                "int" => {
-                    let number = self.memory.u32(name.wrapping_add(self.offsets.layout.long_digit.into()))?;
-                    Ok(format!("Task-{number}"))
-                }
-                _ => self.str(name, MAX_NAME),
-            });
+        let name = match self.task_number(task) {
+            Some(number) => Ok(format!("Task-{number}")),
+            None => self.memory.field(task, self.task_name_offset()).and_then(|name| self.str(name, MAX_NAME)),
+        };
         let coroutine = self
             .task_coroutine(task)
             .and_then(|coroutine| self.memory.field(coroutine, self.offsets.generator_qualname))
             .and_then(|name| self.str(name, MAX_NAME));
         TaskFacts { address: task, name: name.ok(), coroutine: coroutine.ok() }
+    }
+
+    /// What a task that nobody named is counted as: such tasks get their name, from 3.12 on, when somebody asks for it.
+    pub(super) fn task_number(&self, task: u64) -> Option<u32> {
+        let name = self.memory.field(task, self.task_name_offset()).ok()?;
+        let is_number = name != 0 && self.type_name(name).is_ok_and(|name| name == "int");
+        is_number.then(|| self.memory.u32(name.wrapping_add(self.offsets.layout.long_digit.into())).ok())?
     }
 
     fn task_name_offset(&self) -> u64 {
@@ -238,7 +240,7 @@ impl Interpreter {
         found
     }
 
-    fn scope_in_frame(&self, codes: &mut Codes, frame: u64) -> Result<Option<u64>, Fault> {
+    pub(super) fn scope_in_frame(&self, codes: &mut Codes, frame: u64) -> Result<Option<u64>, Fault> {
         let layout = &self.offsets.layout;
         // Stack references carry tags in their low bits.
         let code = self.memory.field(frame, layout.frame_executable)? & !3;
@@ -257,24 +259,31 @@ impl Interpreter {
     }
 
     /// The interpreter frames of a chain of coroutines that await each other, outermost first.
-    fn coroutine_frames(&self, coroutine: u64) -> Vec<u64> {
-        let mut frames = Vec::new();
+    fn coroutine_frames(&self, coroutine: u64) -> impl Iterator<Item = u64> {
         let mut next = Some(coroutine);
-        for _ in 0..MAX_CHAIN {
-            let Some(coroutine) = next else { break };
-            match self.type_name(coroutine).as_deref() {
-                Ok("coroutine" | "generator" | "async_generator") => {
-                    let frame = coroutine.wrapping_add(self.offsets.generator_frame);
-                    frames.push(frame);
-                    next = self.awaited_in_frame(frame);
+        let mut left = MAX_CHAIN;
+        std::iter::from_fn(move || {
+            while let Some(coroutine) = next.take().filter(|_| left > 0) {
+                left -= 1;
+                match self.type_name(coroutine).as_deref() {
+                    Ok("coroutine" | "generator" | "async_generator") => {
+                        let frame = coroutine.wrapping_add(self.offsets.generator_frame);
+                        next = self.awaited_in_frame(frame);
+                        return Some(frame);
+                    }
+                    Ok("coroutine_wrapper" | "async_generator_asend" | "async_generator_athrow") => {
+                        next = self.memory.field(coroutine, FIRST_FIELD).ok();
+                    }
+                    _ => {}
                 }
-                Ok("coroutine_wrapper" | "async_generator_asend" | "async_generator_athrow") => {
-                    next = self.memory.field(coroutine, FIRST_FIELD).ok();
-                }
-                _ => break,
             }
-        }
-        frames
+            None
+        })
+    }
+
+    /// The frame of a coroutine itself.
+    pub(super) fn first_coroutine_frame(&self, coroutine: u64) -> Option<u64> {
+        self.coroutine_frames(coroutine).next()
     }
 
     /// What a frame waits for: the top of its stack.

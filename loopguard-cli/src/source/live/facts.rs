@@ -15,7 +15,7 @@ use loopguard_common::{
 
 use super::Live;
 use crate::{
-    core::event::{Capture, CapturedWait, Event, How, OpenStep, Owner, Stack, Step, StepWait, Tid},
+    core::event::{Capture, CapturedWait, Event, How, OpenStep, Owner, RequestFacts, Stack, Step, StepWait, Tid},
     source::{process, syscall},
     symbol::naming::Seen,
 };
@@ -38,6 +38,8 @@ pub(super) struct StepFacts {
     captured: bool,
     /// Whose it is, and when that was seen.
     owner: Option<(Owner, u64)>,
+    /// The scope in the frames of a step that is one request's as a whole, and that request.
+    pub(super) scope: Option<(u64, Arc<RequestFacts>)>,
     waits_on: Vec<((i32, u64), Option<String>)>,
     /// Looked at from here while it waited.
     looked_at: bool,
@@ -129,10 +131,15 @@ impl Live {
             self.requests.seen_in_frames((record.header.tgid, record.running), request, is_first_capture);
         }
         let told = self.requests.owner(record.header.tgid, record.running);
+        let mut scope = None;
         let owner = match (in_frames, told.or(known_owner)) {
             // The server's own word stands, and the frames add to it.
             (_, Some(told @ Owner::Request { how: How::Usdt, .. })) => told,
-            (Some(request), _) => Owner::Request { request: Arc::new(request), how: How::AsgiFrame },
+            (Some(request), _) => {
+                let request = Arc::new(request);
+                scope = is_step.then(|| (record.request.scope, request.clone()));
+                Owner::Request { request, how: How::AsgiFrame }
+            }
             (None, Some(known)) => known,
             (None, None) if runs(self) => {
                 let owner = self.owner_by_task(record);
@@ -158,6 +165,9 @@ impl Live {
         let facts = &mut self.loops.get_mut(&tid)?.step;
         if !matches!(owner, Owner::Unknown(_)) {
             facts.owner = Some((owner.clone(), record.until_ns));
+        }
+        if scope.is_some() {
+            facts.scope = scope;
         }
         if is_wait && on.is_some() && !facts.waits_on.iter().any(|(known, _)| *known == key) {
             facts.waits_on.push((key, on.clone()));

@@ -16,8 +16,9 @@ impl Live {
             return None;
         }
         let (pid, thread) = (known.info.pid, known.python?);
+        let running = known.step.scope.as_ref().map(|(scope, request)| (*scope, &**request));
         let inspector = &mut self.targets.get_mut(&pid)?.python.as_mut()?.inspector;
-        let (requests, unread) = inspector.requests_in_flight(&thread).ok()?;
+        let (requests, unread) = inspector.requests_in_flight(&thread, running).ok()?;
         // What was read holds only if the loop could not run meanwhile.
         self.is_running(tid, step_seq).then(|| {
             let requests = requests.into_iter().map(Arc::new).collect();
