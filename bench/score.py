@@ -1,4 +1,4 @@
-"""Compares what a tool reported with what the server did. usage: score.py TRUTH.jsonl REPORTED.jsonl
+"""Compares what a tool reported with what the server did. usage: score.py TRUTH.jsonl REPORTED.jsonl [--wrong FILE]
 
 Prints one JSON object; `reported` is in the form of loopguard's JSON lines. Definitions:
 
@@ -22,6 +22,9 @@ attribution_recall     of the true blocks of 1.25 T or more that a request owns:
 blamed_per_report      requests blamed by one report, on average
 background_blamed      of the background task's blocks that were found: how many are charged to innocent requests by
                        every report that overlaps them
+
+With --wrong the reports that count against precision or attribution precision at 10 ms are written to a file as they
+were reported.
 """
 
 import argparse
@@ -55,6 +58,7 @@ class Report:
     end: int
     ms: float
     blamed: frozenset[str]
+    line: str
     # True blocks that it touches, by index.
     touches: list[int] = field(default_factory=list)
 
@@ -99,7 +103,7 @@ def read_reports(path: Path, truth: Truth) -> list[Report]:
         if event["t_end_ns"] < truth.begin or event["t_start_ns"] > truth.last:
             continue
         blamed = frozenset(request["id"] for request in event["requests"])
-        reports.append(Report(event["t_start_ns"], event["t_end_ns"], event["duration_ms"], blamed))
+        reports.append(Report(event["t_start_ns"], event["t_end_ns"], event["duration_ms"], blamed, line))
     return reports
 
 
@@ -140,6 +144,16 @@ def percentile(values: list[float], rank: float) -> float | None:
     return round(sorted(values)[min(len(values) - 1, int(len(values) * rank))], 3) if values else None
 
 
+def culprits(report: Report, blocks: list[Block]) -> set[str | None]:
+    return {blocks[at].owner for at in report.touches if overlap(report, blocks[at]) >= MS}
+
+
+def wrong(threshold: float, blocks: list[Block], reports: list[Report]) -> list[Report]:
+    counted = [report for report in reports if report.ms >= threshold]
+    right = [report for report, block in pairs(counted, blocks) if block.ms >= 0.8 * threshold]
+    return [report for report in counted if report not in right or report.blamed - culprits(report, blocks)]
+
+
 def at_threshold(threshold: float, blocks: list[Block], reports: list[Report]) -> dict[str, float | int | None]:
     counted = [report for report in reports if report.ms >= threshold]
     over: dict[int, list[Report]] = {at: [] for at in range(len(blocks))}
@@ -156,9 +170,8 @@ def at_threshold(threshold: float, blocks: list[Block], reports: list[Report]) -
     for report in counted:
         real = sum(max(0, overlap(report, blocks[at])) for at in report.touches)
         invented += real * 2 < report.end - report.start
-        culprits = {blocks[at].owner for at in report.touches if overlap(report, blocks[at]) >= MS}
         blamed += len(report.blamed)
-        rightly += len(report.blamed & culprits)
+        rightly += len(report.blamed & culprits(report, blocks))
     owned = [at for at in required if blocks[at].owner is not None]
     named = [at for at in owned if any(blocks[at].owner in report.blamed for report in over[at])]
     background = [at for at in found if blocks[at].owner is None]
@@ -194,9 +207,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("truth", type=Path)
     parser.add_argument("reported", type=Path)
+    parser.add_argument("--wrong", type=Path)
     arguments = parser.parse_args()
     truth = read_truth(arguments.truth)
-    print(json.dumps(score(truth, read_reports(arguments.reported, truth))))
+    reports = read_reports(arguments.reported, truth)
+    print(json.dumps(score(truth, reports)))
+    if arguments.wrong:
+        lines = [report.line + "\n" for report in wrong(min(THRESHOLDS_MS), truth.blocks, reports)]
+        arguments.wrong.write_text("".join(lines))
 
 
 main()

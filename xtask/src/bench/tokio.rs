@@ -24,6 +24,8 @@ const WARM_UP: usize = 60;
 /// Polls are marked for so long at most after loopguard came, to see where workers park.
 const SETTLED: Duration = Duration::from_millis(11_500);
 const ROUND_SECONDS: u32 = 2;
+/// Calls of a stack that are shown.
+const CALLS: usize = 12;
 /// Requests a second, for a server that has time to sleep.
 const RATE: u32 = 5000;
 
@@ -105,14 +107,19 @@ fn one(rig: &Rig, case: &Case, programs: &TokioPrograms, seconds: u32) -> Result
     // Its truth is whole when it has ended.
     drop(server);
     ensure!(summary["type"] == "summary", "loopguard ended without a summary");
-    let mut score: Value =
-        serde_json::from_str(&output(rig.script("score.py").arg(&truth).arg(&events)).context("the scorer failed")?)?;
-    let reported = fs::read_to_string(&events)?;
     // What each figure comes from, for whoever wants to know why.
     let kept = rig.folder.join(format!("tokio-{}.jsonl", case.name.replace([',', ' '], "-")));
     fs::copy(&events, &kept)?;
     fs::copy(&truth, kept.with_extension("truth"))?;
-    score["negatives_reported"] = json!(negatives(&reported));
+    let wrong = kept.with_extension("wrong");
+    let mut scorer = rig.script("score.py");
+    scorer.args([&truth, &events]).arg("--wrong").arg(&wrong);
+    let mut score: Value = serde_json::from_str(&output(&mut scorer).context("the scorer failed")?)?;
+    fs::read_to_string(&wrong)?.lines().for_each(|report| say(&format!("wrong: {}", brief(report))));
+    let reported = fs::read_to_string(&events)?;
+    let harmless = negatives(&reported);
+    harmless.iter().for_each(|report| say(&format!("harmless: {}", brief(report))));
+    score["negatives_reported"] = json!(harmless.len());
     score["load"] = sent;
     for field in ["lost_records", "self_cpu_ms", "duration_s"] {
         score[field] = summary[field].clone();
@@ -121,7 +128,7 @@ fn one(rig: &Rig, case: &Case, programs: &TokioPrograms, seconds: u32) -> Result
 }
 
 /// Blocks that were charged to requests which block nobody: only where the host is not to blame.
-fn negatives(reported: &str) -> usize {
+fn negatives(reported: &str) -> Vec<&str> {
     let blames_harmless = |line: &&str| {
         let Ok(event) = serde_json::from_str::<Value>(line) else { return false };
         let requests = event["requests"].as_array();
@@ -131,7 +138,26 @@ fn negatives(reported: &str) -> usize {
             && event["verdict"] != "host"
             && paths.into_iter().any(|path| path.starts_with("/ok/"))
     };
-    reported.lines().filter(blames_harmless).count()
+    reported.lines().filter(blames_harmless).collect()
+}
+
+/// Who, for how long, why and where.
+fn brief(report: &str) -> String {
+    let Ok(event) = serde_json::from_str::<Value>(report) else { return report.to_owned() };
+    let requests = event["requests"].as_array().into_iter().flatten();
+    let paths: Vec<&Value> = requests.map(|request| &request["path"]).collect();
+    let stack = event["stack"].as_array().into_iter().flatten();
+    let calls: Vec<&str> = stack.filter_map(|frame| frame["function"].as_str()).take(CALLS).collect();
+    let times = ["t_start_ns", "duration_ms", "on_cpu_ms", "waiting_ms", "run_queue_ms"];
+    let times = times.map(|field| format!("{field} {}", event[field]));
+    format!(
+        "{paths:?} {} {} {} in {}, {}",
+        event["attribution"],
+        event["verdict"],
+        event["waits"],
+        calls.join(" < "),
+        times.join(" ")
+    )
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -288,9 +314,10 @@ mod tests {
         let line = |path: &str, verdict: &str| {
             format!(r#"{{"type":"block","event":"single","verdict":"{verdict}","requests":[{{"path":"{path}"}}]}}"#)
         };
-        assert_eq!(negatives(&line("/ok/pool/30", "code")), 1);
-        assert_eq!(negatives(&line("/ok/pool/30", "host")), 0);
-        assert_eq!(negatives(&line("/block/sleep/30", "code")), 0);
-        assert_eq!(negatives(r#"{"type":"summary"}"#), 0);
+        let harmless = line("/ok/pool/30", "code");
+        assert_eq!(negatives(&harmless), [&harmless]);
+        assert!(negatives(&line("/ok/pool/30", "host")).is_empty());
+        assert!(negatives(&line("/block/sleep/30", "code")).is_empty());
+        assert!(negatives(r#"{"type":"summary"}"#).is_empty());
     }
 }
