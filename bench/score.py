@@ -73,6 +73,11 @@ class Truth:
     blocks: list[Block]
 
 
+def is_within(start: int, end: int, begin: int, last: int) -> bool:
+    """Whether something counts, by the same measure for what happened and for what was reported."""
+    return begin - FORGIVEN_NS <= start and end <= last + FORGIVEN_NS
+
+
 def read_truth(path: Path) -> Truth:
     requests, blocks = 0, []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -89,7 +94,7 @@ def read_truth(path: Path) -> Truth:
         blocks += [Block(start, end, line["request_id"]) for start, end in stretches]
     for line in lines:
         if line["type"] == "background":
-            blocks += [Block(start, end, None) for start, end, _ in line["spans"] if begin <= start and end <= last]
+            blocks += [Block(start, end, None) for start, end, _ in line["spans"] if is_within(start, end, begin, last)]
     long = [block for block in blocks if block.end - block.start >= SHORTEST_NS]
     return Truth(begin, last, requests, sorted(long, key=lambda block: block.start))
 
@@ -100,7 +105,7 @@ def read_reports(path: Path, truth: Truth) -> list[Report]:
         event = json.loads(line)
         if event["type"] != "block" or event["event"] != "single":
             continue
-        if event["t_end_ns"] < truth.begin or event["t_start_ns"] > truth.last:
+        if not is_within(event["t_start_ns"], event["t_end_ns"], truth.begin, truth.last):
             continue
         blamed = frozenset(request["id"] for request in event["requests"])
         reports.append(Report(event["t_start_ns"], event["t_end_ns"], event["duration_ms"], blamed, line))

@@ -27,8 +27,10 @@ const SEGMENT: Duration = Duration::from_secs(60);
 const SAMPLE_EVERY: Duration = Duration::from_secs(10);
 /// What is allocated meanwhile counts as warm-up, or a sixth of the run if that is less.
 const WARM_UP: Duration = Duration::from_secs(600);
-/// How far memory may move from where it was after the warm-up.
+/// How far memory may move from where it was after the warm-up, by the medians of windows of this length: symbols that
+/// are read for a new place come and go within a second, and are no drift.
 const ALLOWED_DRIFT: f64 = 0.05;
+const WINDOW: Duration = Duration::from_secs(600);
 const PERIODIC_SIGN: u32 = 10;
 
 struct Options {
@@ -201,7 +203,8 @@ fn report(samples: &[Sample], health: &Health, summary: Value) -> Value {
     let server_memory: Vec<u64> = warm.iter().map(|sample| sample.server.anonymous_kib).collect();
     let sum = |field: &str| health.segments.iter().filter_map(|segment| segment[field].as_u64()).sum::<u64>();
     let (answered, failed) = (sum("answered"), sum("failed"));
-    let drift = drift(&memory);
+    let windows = medians(&memory, (WINDOW.as_secs() / SAMPLE_EVERY.as_secs()) as usize);
+    let drift = drift(&windows);
 
     let mut complaints = Vec::new();
     if drift.abs() > ALLOWED_DRIFT {
@@ -222,6 +225,7 @@ fn report(samples: &[Sample], health: &Health, summary: Value) -> Value {
         "warm_up_s": warm_up.as_secs(),
         "loopguard": {
             "anonymous_kib": spread(&memory),
+            "anonymous_kib_medians": windows,
             "largest_drift_percent": round(drift * 100.0),
             "resident_kib": spread(&warm.iter().map(|sample| sample.loopguard.resident_kib).collect::<Vec<_>>()),
             "descriptors": spread(&descriptors),
@@ -249,6 +253,19 @@ fn report(samples: &[Sample], health: &Health, summary: Value) -> Value {
         ])).collect::<Vec<_>>(),
         "complaints": complaints,
     })
+}
+
+/// Of each window of so many values; what is left at the end and less than half of one belongs to the last.
+fn medians(values: &[u64], window: usize) -> Vec<u64> {
+    let windows = ((values.len() + window / 2) / window).max(1);
+    (0..windows)
+        .filter_map(|n| {
+            let end = if n + 1 == windows { values.len() } else { (n + 1) * window };
+            let mut values = values.get(n * window..end)?.to_vec();
+            values.sort_unstable();
+            values.get(values.len() / 2).copied()
+        })
+        .collect()
 }
 
 /// How far the values went from the first one, with its sign, as a share of it.
@@ -292,9 +309,10 @@ fn markdown(report: &Value) -> String {
     let (server, loopguard) = (&report["server"], &report["loopguard"]);
     let rates = &server["requests_per_second"];
     text += &format!(
-        "\nLargest drift of loopguard's own memory: {} %. {} blocks in {} ticks; lost records: {}. \
+        "\nMedians of loopguard's own memory, ten minutes each, in KiB: {}; the largest drift of these is {} %. {} blocks in {} ticks; lost records: {}. \
          loopguard's CPU, kernel programs included: {} %.\n\
          Requests: {} answered, {} failed; {} a second before, {} while watched, {} after.\n",
+        loopguard["anonymous_kib_medians"],
         loopguard["largest_drift_percent"],
         report["blocks"],
         report["ticks"],
@@ -334,12 +352,16 @@ mod tests {
 
     #[test]
     fn what_went_wrong_is_said() {
-        let samples = [sample(10, 1000), sample(601, 5000), sample(4000, 5600), sample(7200, 5100)];
+        let ten_minutes = |kib: u64| (0..60).map(move |n| sample(601 + 10 * n, kib));
+        let mut samples: Vec<Sample> = [5000, 5600, 5100].into_iter().flat_map(ten_minutes).collect();
+        // What comes and goes is no growth.
+        samples[170] = sample(7000, 9000);
         assert_eq!(
             complaints_of(&samples, 3, 7),
             ["loopguard's memory moved by 12.0 % after the warm-up", "3 requests failed", "7 records were lost"]
         );
         assert_eq!(drift(&[100, 80, 110]), -0.2);
+        assert_eq!(medians(&[1, 2, 3, 10, 20, 30, 7], 3), [2, 20]);
     }
 
     #[test]

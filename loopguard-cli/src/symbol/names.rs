@@ -40,10 +40,9 @@ pub struct Named {
     pub is_eval: bool,
 }
 
-/// What was read of a file's debug information is kept so many times as long as it took to begin reading it, but not
-/// for less than a second: it grows with every place, and once the usual places are known few others come.
+/// What was read of a file's debug information is kept so many times as long as it took to begin reading it: it grows
+/// with every place, and once the usual places are known few others come.
 const KEPT_TIMES: u32 = 200;
-const KEPT_AT_LEAST: Duration = Duration::from_secs(1);
 
 /// Names places and remembers the answers by file and address: a file is the same in all processes that map it.
 pub struct Names {
@@ -144,7 +143,7 @@ impl Reader {
     }
 
     fn kept_for(&self) -> Duration {
-        KEPT_AT_LEAST.max(self.took.get().copied().unwrap_or_default() * KEPT_TIMES)
+        self.took.get().copied().unwrap_or_default() * KEPT_TIMES
     }
 }
 

@@ -30,7 +30,7 @@ const MAX_HELD: usize = 65_536;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often what was read of symbol files is let go of, while names are looked up.
-const TRIM_EVERY: Duration = Duration::from_secs(10);
+const TRIM_EVERY: Duration = Duration::from_secs(1);
 const FOREVER: Duration = Duration::from_secs(3600);
 
 const QUEUE_FULL: &str = "too many stacks waited to be named";
