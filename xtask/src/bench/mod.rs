@@ -5,6 +5,7 @@ mod accuracy;
 mod compare;
 mod core;
 mod growth;
+mod hud;
 mod kernel;
 mod overhead;
 pub mod rig;
@@ -29,6 +30,7 @@ usage: cargo xtask bench accuracy [--seconds N] [--json FILE]
        cargo xtask bench overhead [--pairs N] [--json FILE]
        cargo xtask bench tokio-accuracy [--seconds N] [--json FILE]
        cargo xtask bench tokio-overhead [--runtime multi|current] [--pairs N] [--json FILE]
+       cargo xtask bench tokio-hud --hud PROGRAM [--seconds N] [--json FILE]
        cargo xtask bench kernel [--seconds N] [--json FILE]
        cargo xtask bench ring [--seconds N] [--json FILE]
        cargo xtask bench growth [--seconds N] [--json FILE]
@@ -38,11 +40,12 @@ usage: cargo xtask bench accuracy [--seconds N] [--json FILE]
        cargo xtask bench stacks-rate [--seconds N] [--json FILE]
        cargo xtask bench --compare OLD.json NEW.json";
 
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 12] = [
     "accuracy",
     "overhead",
     "tokio-accuracy",
     "tokio-overhead",
+    "tokio-hud",
     "kernel",
     "ring",
     "growth",
@@ -62,17 +65,18 @@ pub fn run(arguments: &[&str]) -> Result<()> {
 
 fn measure(name: &str, options: &[&str]) -> Result<()> {
     let (mut seconds, mut pairs, mut file, mut pythons) = (None, None, None, Interpreters::Host);
-    let mut runtime = "multi";
+    let (mut runtime, mut hud) = ("multi", None);
     for option in options.chunks(2) {
         match (name, option) {
             (
-                "accuracy" | "tokio-accuracy" | "kernel" | "ring" | "growth" | "stacks" | "stacks-rate",
+                "accuracy" | "tokio-accuracy" | "tokio-hud" | "kernel" | "ring" | "growth" | "stacks" | "stacks-rate",
                 ["--seconds", value],
             )
             | ("stacks-gdb", ["--times", value]) => seconds = Some(number(value)?),
             ("stacks" | "stacks-gdb", ["--pythons", "host"]) => pythons = Interpreters::Host,
             ("stacks" | "stacks-gdb", ["--pythons", "all"]) => pythons = Interpreters::HostAndSid,
             ("tokio-overhead", ["--runtime", value @ ("multi" | "current")]) => runtime = value,
+            ("tokio-hud", ["--hud", value]) => hud = Some(Path::new(value)),
             ("overhead" | "tokio-overhead", ["--pairs", value]) => pairs = Some(number(value)?),
             (_, ["--json", value]) => file = Some(PathBuf::from(value)),
             _ => bail!("don't know `{}`\n{USAGE}", option.join(" ")),
@@ -85,6 +89,10 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
         "overhead" => overhead::run(&rig, pairs.unwrap_or(12))?,
         "tokio-accuracy" => tokio::accuracy(&rig, seconds.unwrap_or(20))?,
         "tokio-overhead" => tokio::overhead(&rig, runtime, pairs.unwrap_or(12))?,
+        "tokio-hud" => {
+            let hud = hud.with_context(|| format!("--hud is missing: where hud is\n{USAGE}"))?;
+            hud::run(&rig, hud, seconds.unwrap_or(20))?
+        }
         "ring" => ring::run(&rig, seconds.unwrap_or(8))?,
         "growth" => growth::run(&rig, seconds.unwrap_or(6))?,
         "core" => core::run()?,
@@ -106,9 +114,10 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// What makes such results; where they were written to says nothing of them.
+/// What makes such results; where things lie on this machine says nothing of them.
 fn command(name: &str, options: &[&str]) -> String {
-    let options = options.chunks(2).filter(|option| option[0] != "--json").flatten();
+    let options = options.chunks(2).filter(|option| option[0] != "--json");
+    let options = options.flat_map(|option| if option[0] == "--hud" { &["--hud", "hud"] } else { option });
     ["cargo", "xtask", "bench", name].iter().chain(options).copied().collect::<Vec<_>>().join(" ")
 }
 

@@ -128,12 +128,19 @@ impl Rig {
             TokioBuild::Stripped => ("release", true),
             TokioBuild::FatLto => ("fat-lto", false),
             TokioBuild::FatLtoStripped => ("fat-lto", true),
+            TokioBuild::FramePointers => ("release", false),
         };
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
         cargo.args(["build", "--package", "bench-axum", "--profile", profile]).current_dir(&self.workspace.root);
+        let mut folder = self.workspace.target.clone();
+        if matches!(build, TokioBuild::FramePointers) {
+            folder = folder.join("frame-pointers");
+            cargo.env("CARGO_TARGET_DIR", &folder);
+            cargo.env("RUSTFLAGS", "-Cforce-frame-pointers=yes").env("CARGO_PROFILE_RELEASE_DEBUG", "2");
+        }
         let log = self.folder.join("build-axum.log");
         step::run(&format!("building bench-axum, profile {profile}"), &mut cargo, &log)?;
-        let program = |name: &str| self.workspace.target.join(profile).join(name);
+        let program = |name: &str| folder.join(profile).join(name);
         let mut server = program("bench-axum");
         if stripped {
             let copy = self.folder.join("bench-axum-stripped");
@@ -172,6 +179,8 @@ pub enum TokioBuild {
     Stripped,
     FatLto,
     FatLtoStripped,
+    /// With frame pointers and full debug information.
+    FramePointers,
 }
 
 pub struct TokioPrograms {
