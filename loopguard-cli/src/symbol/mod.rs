@@ -129,10 +129,14 @@ impl Stacks {
 
     /// Gives memory back that is hardly needed any more. Returns whether there is nothing left of that kind.
     fn let_go(&mut self) -> bool {
-        let is_done = self.names.let_go();
-        footprint::trim();
-        footprint::give_back();
-        is_done
+        if self.names.is_reading() {
+            self.names.let_go();
+            if !self.names.is_reading() {
+                footprint::trim();
+                footprint::give_back();
+            }
+        }
+        !self.names.is_reading()
     }
 
     /// Files found to have no names since the last call.

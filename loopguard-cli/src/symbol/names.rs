@@ -1,7 +1,6 @@
 //! Turns places in files into functions, files and lines: those that were inlined there too.
 
 use std::{
-    cell::OnceCell,
     collections::HashMap,
     fs::File,
     path::PathBuf,
@@ -40,9 +39,9 @@ pub struct Named {
     pub is_eval: bool,
 }
 
-/// What was read of a file's debug information is kept so many times as long as it took to begin reading it: it grows
-/// with every place, and once the usual places are known few others come.
-const KEPT_TIMES: u32 = 200;
+/// What was read of a file's debug information is kept for so many times as long as it took to begin reading it, from
+/// the last place on: it grows with every place, and once the usual places are known few others come.
+const KEPT_TIMES: u32 = 20;
 
 /// Names places and remembers the answers by file and address: a file is the same in all processes that map it.
 pub struct Names {
@@ -85,19 +84,24 @@ impl Names {
         std::mem::take(&mut self.new_nameless)
     }
 
-    /// Forgets what was read of debug information some time ago. Returns whether nothing is left of it.
-    pub fn let_go(&mut self) -> bool {
-        self.readers.retain(|_, reader| reader.opened.elapsed() < reader.kept_for());
-        self.readers.is_empty()
+    /// Whether anything is remembered of what was read of debug information.
+    pub fn is_reading(&self) -> bool {
+        !self.readers.is_empty()
+    }
+
+    /// Forgets what was read of debug information some time ago.
+    pub fn let_go(&mut self) {
+        self.readers.retain(|_, reader| reader.used.elapsed() < reader.took * KEPT_TIMES);
     }
 
     fn look_up(&mut self, pid: u32, executable: &str, place: &Place) -> Named {
         let object = &place.object;
         let sources = self.sources.entry(object.id).or_insert_with(|| Sources::of(pid, object));
         let module = Module { path: &object.path, is_executable: object.path == executable };
-        let reader = self.readers.entry(object.id).or_insert_with(Reader::open);
-        let found = reader.symbolizer.symbolize_single(&sources.debug_information, Input::VirtOffset(place.address));
-        reader.has_read();
+        let at = Input::VirtOffset(place.address);
+        let reader = self.readers.entry(object.id).or_insert_with(|| Reader::open(&sources.debug_information, at));
+        reader.used = Instant::now();
+        let found = reader.symbolizer.symbolize_single(&sources.debug_information, at);
         let Ok(Symbolized::Sym(symbol)) = found else {
             let function = format!("{}+{:#x}", object.name(), place.address);
             let frame = frame(&module, Name::Offset(function), None);
@@ -127,23 +131,18 @@ impl Names {
 /// What was read of one file.
 struct Reader {
     symbolizer: Symbolizer,
-    opened: Instant,
     /// How long the first place took.
-    took: OnceCell<Duration>,
+    took: Duration,
+    used: Instant,
 }
 
 impl Reader {
-    fn open() -> Self {
+    fn open(source: &Source<'static>, first: Input<u64>) -> Self {
+        let opened = Instant::now();
         let symbolizer = Symbolizer::builder().enable_auto_reload(false).build();
-        Self { symbolizer, opened: Instant::now(), took: OnceCell::new() }
-    }
-
-    fn has_read(&self) {
-        self.took.get_or_init(|| self.opened.elapsed());
-    }
-
-    fn kept_for(&self) -> Duration {
-        self.took.get().copied().unwrap_or_default() * KEPT_TIMES
+        // The answer comes once more, at no cost, to who asks for it.
+        let _ = symbolizer.symbolize_single(source, first);
+        Self { symbolizer, took: opened.elapsed(), used: Instant::now() }
     }
 }
 
@@ -274,16 +273,17 @@ mod tests {
         let mut space = AddressSpace::new(pid);
         space.refresh();
         let here = names_come_again_once_what_was_read_is_let_go as fn() as usize as u64;
-        let place = space.place(&mut objects, here).ok().expect("our own code is in our own file");
+        let Ok(place) = space.place(&mut objects, here) else { panic!("our own code is in our own file") };
         let mut names = Names::default();
         let name = |names: &mut Names| names.look_up(pid, "", &place).frames;
         let first = name(&mut names);
         assert!(first.iter().any(|frame| frame.function.contains("names_come_again")), "{first:?}");
-        assert!(!names.let_go(), "it was read just now");
+        assert!(names.is_reading());
         for reader in names.readers.values_mut() {
-            reader.opened = reader.opened.checked_sub(Duration::from_secs(1800)).expect("the machine runs for longer");
+            reader.used = reader.used.checked_sub(Duration::from_secs(600)).expect("the machine runs for longer");
         }
-        assert!(names.let_go());
+        names.let_go();
+        assert!(!names.is_reading());
         assert_eq!(name(&mut names), first);
     }
 

@@ -29,8 +29,8 @@ const MAX_HELD: usize = 65_536;
 /// How long an event waits at most.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How often what was read of symbol files is let go of, while names are looked up.
-const TRIM_EVERY: Duration = Duration::from_secs(1);
+/// How often it is seen to whether what was read of symbol files can be let go of, while there is something.
+const TRIM_EVERY: Duration = Duration::from_millis(100);
 const FOREVER: Duration = Duration::from_secs(3600);
 
 const QUEUE_FULL: &str = "too many stacks waited to be named";
