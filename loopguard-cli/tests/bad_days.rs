@@ -222,7 +222,11 @@ impl Crowd {
     /// What loopguard saw of two blocks of its main loop.
     fn watched(&self, loops: usize) -> Events {
         let mut watching = Watching::begin(self.child.id(), &THRESHOLD);
-        while_it_serves(self.port, || watching.wait_for_loops(loops));
+        match loops {
+            1 => while_it_serves(self.port, || watching.wait_for_loops(loops)),
+            // An idle loop is found where it sleeps: while the main loop serves, the others could take all places.
+            _ => watching.wait_for_loops(loops),
+        }
         for _ in 0..2 {
             let answer = try_request(self.port, "GET /block HTTP/1.1\r\n\r\n").unwrap();
             assert!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
