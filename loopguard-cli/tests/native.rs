@@ -185,7 +185,10 @@ fn lines_of_rust_are_right_and_inlined_functions_are_shown() {
     }
     let stacks = &events.summary()["stacks"];
     let (complete, unwound) = (stacks["complete"].as_f64().unwrap(), stacks["unwound"].as_f64().unwrap());
-    assert!(complete >= 0.95 * unwound, "{stacks}");
+    // Until it is known how deep the thread's stack is; how many those are is up to the machine.
+    let reasons = stacks["incomplete"].as_object().unwrap().keys();
+    assert!(reasons.clone().all(|why| why.starts_with("the stack is larger than what was copied")), "{stacks}");
+    assert!(complete >= 0.8 * unwound, "{stacks}");
 }
 
 #[test]
