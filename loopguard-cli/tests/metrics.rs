@@ -13,7 +13,7 @@ use std::{
 };
 
 use serde_json::Value;
-use support::{PATIENCE, Server, Setup, Watching, alone, can_trace, free_port, pythons, request};
+use support::{PATIENCE, Server, Setup, Watching, alone, can_trace, free_port, listens, pythons, request};
 
 /// The folder of Prometheus and promtool. Says so when there is none; fails where that must not happen.
 fn tools() -> Option<PathBuf> {
@@ -108,7 +108,7 @@ impl Prometheus {
         let encoded: String = query.bytes().map(|byte| format!("%{byte:02X}")).collect();
         let started = Instant::now();
         loop {
-            if std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+            if listens(self.port) {
                 let text = format!("GET /api/v1/query?query={encoded} HTTP/1.0\r\nhost: test\r\n\r\n");
                 let answer = request(self.port, &text);
                 let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();

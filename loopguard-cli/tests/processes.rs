@@ -6,7 +6,6 @@ use std::{
     collections::{HashMap, HashSet},
     fs,
     io::Write as _,
-    net::TcpStream,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -16,7 +15,7 @@ use std::{
 };
 
 use serde_json::Value;
-use support::{Events, PATIENCE, Watching, alone, can_trace, free_port, pythons, signal, try_request};
+use support::{Events, PATIENCE, Watching, alone, can_trace, free_port, listens, pythons, signal, try_request};
 
 const THRESHOLD_MS: u64 = 50;
 /// From here on a block must be found, however it is cut at the threshold.
@@ -89,7 +88,7 @@ impl Workers {
 
     fn wait_until_up(&mut self) {
         let started = Instant::now();
-        while TcpStream::connect(("127.0.0.1", self.port)).is_err() || self.pids().is_empty() {
+        while !listens(self.port) || self.pids().is_empty() {
             assert!(self.child.try_wait().unwrap().is_none(), "the server ended");
             assert!(started.elapsed() < PATIENCE, "the server does not come up");
             thread::sleep(Duration::from_millis(20));

@@ -1,5 +1,6 @@
 //! A program that runs beside a chore and never outlives it.
 
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,4 +85,12 @@ pub fn outlive_interrupts() {
 
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
+}
+
+/// Whether somebody listens on a port. Who connects to a free one may be given that very port to connect from, and so
+/// meet itself.
+pub fn listens(port: u16) -> bool {
+    let met = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+        .and_then(|stream| Ok((stream.local_addr()?, stream.peer_addr()?)));
+    met.is_ok_and(|(own, peer)| own != peer)
 }

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -157,7 +157,7 @@ fn start_server(workspace: &Workspace, venv: &Venv, ports: &Ports, log: &Path) -
         .env("PAYMENTS_URL", format!("http://127.0.0.1:{}", ports.payments));
     let mut server = Companion::start(to_log(&mut uvicorn, log)?)?;
     let started = Instant::now();
-    while TcpStream::connect((Ipv4Addr::LOCALHOST, ports.server)).is_err() {
+    while !companion::listens(ports.server) {
         ensure!(!companion::interrupted(), "interrupted");
         if server.ended().is_some() || started.elapsed() > SERVER_START {
             eprintln!("{}", step::tail(log));

@@ -70,10 +70,17 @@ pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
+/// Who connects to a free port may be given that very port to connect from, and so meet itself.
+pub fn listens(port: u16) -> bool {
+    let met =
+        TcpStream::connect(("127.0.0.1", port)).and_then(|stream| Ok((stream.local_addr()?, stream.peer_addr()?)));
+    met.is_ok_and(|(own, peer)| own != peer)
+}
+
 /// Waits until something listens on a port, as long as the process lives that is to do so.
 pub fn wait_until_up(child: &mut Child, port: u16) {
     let started = Instant::now();
-    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+    while !listens(port) {
         assert!(child.try_wait().unwrap().is_none(), "the server ended");
         assert!(started.elapsed() < PATIENCE, "the server does not come up");
         thread::sleep(Duration::from_millis(20));

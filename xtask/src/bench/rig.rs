@@ -1,7 +1,7 @@
 //! What the benchmarks share: the server, loopguard watching it, and what the system says of both.
 
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use xtask::workspace::Workspace;
 
-use crate::companion::Companion;
+use crate::companion::{Companion, listens};
 use crate::demo::build_loopguard;
 use crate::pythons::{self, Python, Venv};
 use crate::setup;
@@ -201,7 +201,7 @@ impl Server {
     pub fn start(command: &mut Command, slow: Option<Companion>, port: u16, log: &Path) -> Result<Self> {
         let mut server = Self { process: Companion::start(command)?, _slow: slow, port };
         let started = Instant::now();
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
+        while !listens(port) {
             if server.process.ended().is_some() || started.elapsed() > PATIENCE {
                 bail!("the server did not start:\n{}", step::tail(log));
             }

@@ -13,7 +13,7 @@ use xtask::workspace::Workspace;
 
 use super::rig::{Rig, TokioBuild, Watching, free_port, on_cpu};
 use super::table;
-use crate::companion::Companion;
+use crate::companion::{Companion, listens};
 use crate::pythons::{self, Venv};
 use crate::sid::Sid;
 use crate::step::{self, say};
@@ -186,7 +186,7 @@ fn axum(rig: &Rig, name: &str, build: TokioBuild) -> Result<Subject> {
     server.args(["spawned", &port.to_string()]).stdin(Stdio::null());
     let process = Companion::start(&mut server)?;
     for _ in 0..100 {
-        if std::net::TcpStream::connect(("127.0.0.1", port)).is_ok() {
+        if listens(port) {
             break;
         }
         thread::sleep(Duration::from_millis(50));
