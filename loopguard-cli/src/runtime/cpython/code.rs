@@ -99,6 +99,11 @@ impl Codes {
         Some(frame)
     }
 
+    /// Whether `frame` stands for one that could not be told.
+    pub fn is_unknown(&self, frame: &Arc<Frame>) -> bool {
+        Arc::ptr_eq(frame, &self.unknown)
+    }
+
     /// The code object at `address`: the one with this fingerprint, or the one that is there now.
     pub fn code(&mut self, interpreter: &Interpreter, address: u64, expected: Option<u64>) -> Result<&mut Code, Fault> {
         let expected = match expected {

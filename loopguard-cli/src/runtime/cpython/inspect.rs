@@ -8,7 +8,7 @@ use super::code::Codes;
 use super::in_flight::{Known, KnownTasks};
 use super::request::Routes;
 use super::{Fault, Interpreter, NotTold, PyThreadInfo, TaskFacts};
-use crate::core::event::{RequestFacts, Stack};
+use crate::core::event::{Frame, RequestFacts, Stack};
 use crate::symbol::join::PythonRun;
 
 /// Resolves the captures of one process; its caches are bounded.
@@ -18,21 +18,46 @@ pub struct Inspector {
     codes: Codes,
     routes: Routes,
     tasks: KnownTasks,
+    /// The capture last asked about: it is asked for its stack and for its runs, and a busy route blocks at one place.
+    last: Option<Walked>,
+}
+
+/// Frames as the kernel saw them, and what they are.
+#[derive(Debug)]
+struct Walked {
+    raw: Vec<RawFrame>,
+    /// `None`: an entry shim.
+    frames: Vec<Option<Arc<Frame>>>,
 }
 
 impl Inspector {
     pub fn new(interpreter: Arc<Interpreter>) -> Self {
-        Self { interpreter, codes: Codes::default(), routes: Routes::default(), tasks: KnownTasks::default() }
+        Self {
+            interpreter,
+            codes: Codes::default(),
+            routes: Routes::default(),
+            tasks: KnownTasks::default(),
+            last: None,
+        }
     }
 
     pub fn interpreter(&self) -> &Arc<Interpreter> {
         &self.interpreter
     }
 
+    /// What each frame of a capture is.
+    fn walked(&mut self, raw: &[RawFrame]) -> &[Option<Arc<Frame>>] {
+        if self.last.as_ref().is_none_or(|last| last.raw != raw || !last.is_known(&self.codes)) {
+            let frames = raw.iter().map(|raw| self.codes.frame(&self.interpreter, raw)).collect();
+            self.last = Some(Walked { raw: raw.to_vec(), frames });
+        }
+        self.last.as_ref().map_or(&[], |last| &last.frames)
+    }
+
     /// The Python frames of a capture, innermost first, without entry shims. A frame whose code object is gone by now
     /// is `<unknown>`.
     pub fn stack(&mut self, frames: &[RawFrame], walk: WalkStatus) -> Stack {
-        let frames = frames.iter().filter_map(|raw| self.codes.frame(&self.interpreter, raw)).collect();
+        let frames = self.walked(frames).iter().flatten().cloned().collect();
         Stack { frames, incomplete: incomplete(walk) }
     }
 
@@ -40,8 +65,8 @@ impl Inspector {
     pub fn runs(&mut self, frames: &[RawFrame]) -> Vec<PythonRun> {
         let mut runs = Vec::new();
         let mut run = PythonRun::default();
-        for raw in frames {
-            run.frames.extend(self.codes.frame(&self.interpreter, raw));
+        for (raw, frame) in frames.iter().zip(self.walked(frames)) {
+            run.frames.extend(frame.clone());
             let is_shim = raw.code & FRAME_SHIM != 0;
             if is_shim || raw.code & FRAME_ENTRY != 0 {
                 run.entry = is_shim.then_some(raw.instr);
@@ -136,6 +161,13 @@ impl Inspector {
             Some(snapshot) => self.request(&snapshot).map(Some).ok_or(NotTold::Unreadable),
             None => Ok(None),
         }
+    }
+}
+
+impl Walked {
+    /// What could not be told may be told the next time.
+    fn is_known(&self, codes: &Codes) -> bool {
+        !self.frames.iter().flatten().any(|frame| codes.is_unknown(frame))
     }
 }
 
