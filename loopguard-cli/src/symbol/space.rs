@@ -9,9 +9,13 @@ use super::{
     maps::{self, Backing, CodeMapping},
     object::{Object, Objects},
 };
+use crate::runtime::elf::mapped_pages;
 
-/// A map that is older is read again before it is used: a library may have been unloaded and another one be there.
+/// Whether a map still holds is asked before it is used if this is longer ago: a library may have been unloaded and
+/// another one be there.
 const FRESH_FOR: Duration = Duration::from_secs(1);
+/// Even if as much is mapped as before, it is read again after this time.
+const READ_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// An address that is in no mapping has the map read again, but not more often than this.
 const MISS_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
@@ -21,6 +25,9 @@ pub struct AddressSpace {
     pid: u32,
     mappings: Vec<Mapped>,
     read_at: Option<Instant>,
+    /// How much it mapped then, and when that was last found to be so.
+    pages: Option<u64>,
+    checked_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -48,13 +55,30 @@ pub enum NoPlace {
 
 impl AddressSpace {
     pub fn new(pid: u32) -> Self {
-        Self { pid, mappings: Vec::new(), read_at: None }
+        Self { pid, mappings: Vec::new(), read_at: None, pages: None, checked_at: None }
+    }
+
+    /// Makes sure that the map is what it is now, or was a moment ago.
+    fn check(&mut self) {
+        if self.checked_at.is_some_and(|at| at.elapsed() <= FRESH_FOR) {
+            return;
+        }
+        let pages = mapped_pages(self.pid);
+        let is_recent = self.read_at.is_some_and(|at| at.elapsed() <= READ_AGAIN_AFTER);
+        if is_recent && pages.is_some() && pages == self.pages {
+            self.checked_at = Some(Instant::now());
+        } else {
+            self.refresh();
+        }
     }
 
     /// Reads the map now, so that it is known should the process end.
     pub fn refresh(&mut self) {
+        // Before the map: what changes meanwhile has it read again.
+        let pages = mapped_pages(self.pid);
         let Ok(mappings) = maps::code_mappings(self.pid) else { return };
-        self.read_at = Some(Instant::now());
+        let now = Instant::now();
+        (self.read_at, self.checked_at, self.pages) = (Some(now), Some(now), pages);
         if mappings.is_empty() {
             // Ended, and its memory gone: what was known still names the past.
             return;
@@ -71,9 +95,7 @@ impl AddressSpace {
     }
 
     pub fn place(&mut self, objects: &mut Objects, address: u64) -> Result<Place, NoPlace> {
-        if self.read_at.is_none_or(|at| at.elapsed() > FRESH_FOR) {
-            self.refresh();
-        }
+        self.check();
         let mut at = self.find(address);
         if at.is_none() && self.read_at.is_none_or(|at| at.elapsed() > MISS_AGAIN_AFTER) {
             self.refresh();

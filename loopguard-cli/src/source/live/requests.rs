@@ -24,8 +24,10 @@ use crate::{
     source::{kernel::MAX_OPEN_REQUESTS, process},
 };
 
-/// How often a process is looked through for libraries that came later.
+/// How often it is asked whether a process maps something else by now, and looked through for libraries that came later.
 const LOOK_EVERY_NS: u64 = 1_000_000_000;
+/// Even if it maps as much as before, it is looked through after this time.
+const LOOK_ANYWAY_NS: u64 = 10_000_000_000;
 /// Files of one process that are looked into.
 const MAX_FILES: usize = 4096;
 /// Probe sites that are watched in one process.
@@ -58,6 +60,9 @@ struct Open {
 struct Provider {
     since_ns: u64,
     look_again_ns: u64,
+    /// How much it mapped when it was last looked through, and when that was.
+    pages: Option<u64>,
+    looked_ns: u64,
     /// Mappings that were looked into, by path and address.
     seen: HashSet<(String, u64)>,
     /// Sites that are watched: device, inode and offset. The same library can be mapped twice.
@@ -195,7 +200,13 @@ impl Live {
             provider.since_ns = now;
         }
         provider.look_again_ns = now + LOOK_EVERY_NS;
+        // Before the mappings: what comes meanwhile is seen the next time.
+        let pages = elf::mapped_pages(pid);
+        if pages.is_some() && pages == provider.pages && now - provider.looked_ns < LOOK_ANYWAY_NS {
+            return;
+        }
         let Ok(mappings) = elf::mappings(pid) else { return };
+        (provider.pages, provider.looked_ns) = (pages, now);
         let mut found = Vec::new();
         for mapping in mappings.iter().filter(|mapping| mapping.executable) {
             let is_new = provider.seen.len() < MAX_FILES && provider.seen.insert((mapping.path.clone(), mapping.start));
