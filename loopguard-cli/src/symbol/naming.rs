@@ -8,7 +8,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError},
+        mpsc::{self, Receiver, RecvTimeoutError, SendError, Sender},
     },
     thread,
     time::{Duration, Instant},
@@ -26,6 +26,10 @@ const MAX_QUEUED: usize = 1024;
 const MAX_QUEUED_BYTES: usize = 32 << 20;
 /// Events that may wait for the stack of an earlier one.
 const MAX_HELD: usize = 65_536;
+/// Waking the thread costs more than naming a stack: those that come sooner after others than this go to it together.
+const TOGETHER: Duration = Duration::from_millis(50);
+/// So many at most.
+const MAX_TOGETHER: usize = 64;
 /// How long an event waits at most.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -39,9 +43,12 @@ const FAILED: &str = "its functions could not be named";
 
 /// Events on their way to the core.
 pub struct Naming {
-    /// `None` once it is over.
-    work: Option<SyncSender<Work>>,
-    /// Bytes of the copies that wait.
+    work: Sender<Work>,
+    /// Stacks that go to the thread together, and when the last ones did.
+    together: Vec<(u64, Box<RawStack>)>,
+    sent_at: Instant,
+    /// Stacks that wait, and the bytes of their copies.
+    queued: usize,
     queued_bytes: usize,
     done: Receiver<Done>,
     held: VecDeque<Held>,
@@ -64,7 +71,7 @@ pub enum Seen {
 enum Work {
     Prepare(u32),
     Forget(u32),
-    Name(u64, Box<RawStack>),
+    Name(Vec<(u64, Box<RawStack>)>),
 }
 
 enum Done {
@@ -82,14 +89,17 @@ struct Held {
 
 impl Naming {
     pub fn start() -> Result<Self> {
-        let (work, to_do) = mpsc::sync_channel(MAX_QUEUED);
+        let (work, to_do) = mpsc::channel();
         let (report, done) = mpsc::channel();
         thread::Builder::new()
             .name("loopguard-names".to_owned())
             .spawn(move || run(&to_do, &report))
             .context("start the thread that names stacks")?;
         Ok(Self {
-            work: Some(work),
+            work,
+            together: Vec::new(),
+            sent_at: Instant::now(),
+            queued: 0,
             queued_bytes: 0,
             done,
             held: VecDeque::new(),
@@ -102,19 +112,19 @@ impl Naming {
     }
 
     /// A process is about to be watched: what it maps is better read before it is needed.
-    pub fn prepare(&self, pid: u32) {
+    pub fn prepare(&mut self, pid: u32) {
         self.send(Work::Prepare(pid));
     }
 
-    pub fn forget(&self, pid: u32) {
+    pub fn forget(&mut self, pid: u32) {
         self.send(Work::Forget(pid));
     }
 
-    fn send(&self, work: Work) {
-        if let Some(to) = &self.work {
-            // Both are only better done than not.
-            let _ = to.try_send(work);
-        }
+    fn send(&mut self, work: Work) {
+        // What came before is named before.
+        self.send_together();
+        // Both are only better done than not.
+        let _ = self.work.send(work);
     }
 
     /// Takes what follows on what was taken before.
@@ -123,28 +133,44 @@ impl Naming {
             Seen::Event(event) => return self.hold(event, None),
             Seen::WithStack(capture, raw) => (capture, raw),
         };
-        let ticket = self.next_ticket;
         let size = raw.copy.bytes.len();
-        let has_room = self.queued_bytes + size <= MAX_QUEUED_BYTES;
-        let sent = self.work.as_ref().map(|work| match Work::Name(ticket, raw) {
-            name if has_room => work.try_send(name),
-            name => Err(TrySendError::Full(name)),
-        });
-        match sent {
-            Some(Ok(())) => {
-                self.queued_bytes += size;
-                self.next_ticket += 1;
-                self.hold(Event::Capture(capture), Some(ticket));
-            }
-            Some(Err(TrySendError::Full(_))) => {
-                mark(&mut capture, QUEUE_FULL);
-                self.counts.unwound += 1;
-                *self.counts.incomplete.entry(QUEUE_FULL).or_default() += 1;
-                self.hold(Event::Capture(capture), None);
-            }
-            Some(Err(TrySendError::Disconnected(_))) | None => {
-                mark(&mut capture, FAILED);
-                self.hold(Event::Capture(capture), None);
+        if self.queued >= MAX_QUEUED || self.queued_bytes + size > MAX_QUEUED_BYTES {
+            mark(&mut capture, QUEUE_FULL);
+            self.counts.unwound += 1;
+            *self.counts.incomplete.entry(QUEUE_FULL).or_default() += 1;
+            return self.hold(Event::Capture(capture), None);
+        }
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.queued += 1;
+        self.queued_bytes += size;
+        self.hold(Event::Capture(capture), Some(ticket));
+        self.together.push((ticket, raw));
+        self.send_if_due();
+    }
+
+    fn send_if_due(&mut self) {
+        if self.together.len() >= MAX_TOGETHER || self.sent_at.elapsed() >= TOGETHER {
+            self.send_together();
+        }
+    }
+
+    fn send_together(&mut self) {
+        if self.together.is_empty() {
+            return;
+        }
+        self.sent_at = Instant::now();
+        let Err(SendError(work)) = self.work.send(Work::Name(std::mem::take(&mut self.together))) else { return };
+        // The thread is gone.
+        let Work::Name(unnamed) = work else { return };
+        for (ticket, raw) in unnamed {
+            self.queued -= 1;
+            self.queued_bytes -= raw.copy.bytes.len();
+            if let Some(held) = self.held.iter_mut().find(|held| held.ticket == Some(ticket)) {
+                held.ticket = None;
+                if let Event::Capture(capture) = &mut held.event {
+                    mark(capture, FAILED);
+                }
             }
         }
     }
@@ -155,6 +181,7 @@ impl Naming {
 
     /// Appends the events that are ready, in the order they came.
     pub fn release(&mut self, events: &mut Vec<Event>) {
+        self.send_if_due();
         while let Ok(done) = self.done.try_recv() {
             self.take(done);
         }
@@ -175,6 +202,7 @@ impl Naming {
         match done {
             Done::Nameless(notice) => self.notices.push(notice),
             Done::Stack(ticket, size, named) => {
+                self.queued -= 1;
                 self.queued_bytes -= size;
                 self.unnamed += named.unnamed;
                 self.count(named.end);
@@ -209,6 +237,7 @@ impl Naming {
 
     /// Waits for all stacks there are and releases everything.
     pub fn finish(&mut self, events: &mut Vec<Event>) {
+        self.send_together();
         let until = Instant::now() + PATIENCE;
         while self.held.iter().any(|held| held.ticket.is_some()) {
             match self.done.recv_timeout(until.saturating_duration_since(Instant::now())) {
@@ -246,7 +275,7 @@ fn mark(capture: &mut Capture, why: &'static str) {
     stack.incomplete = Some(why);
 }
 
-fn run(to_do: &Receiver<Work>, report: &mpsc::Sender<Done>) {
+fn run(to_do: &Receiver<Work>, report: &Sender<Done>) {
     let mut stacks = Stacks::default();
     let mut trimmed = Instant::now();
     let mut is_trimmed = true;
@@ -266,14 +295,16 @@ fn run(to_do: &Receiver<Work>, report: &mpsc::Sender<Done>) {
                 let _ = guarded(&mut stacks, |stacks| stacks.prepare(pid));
             }
             Work::Forget(pid) => stacks.forget(pid),
-            Work::Name(ticket, raw) => {
-                let size = raw.copy.bytes.len();
-                let named = guarded(&mut stacks, |stacks| stacks.name(&raw)).unwrap_or_else(|| {
-                    let frames = raw.python.iter().flat_map(|run| run.frames.iter().cloned()).collect();
-                    NamedStack { stack: Stack { frames, incomplete: Some(FAILED) }, ..NamedStack::default() }
-                });
-                if report.send(Done::Stack(ticket, size, Box::new(named))).is_err() {
-                    return;
+            Work::Name(together) => {
+                for (ticket, raw) in together {
+                    let size = raw.copy.bytes.len();
+                    let named = guarded(&mut stacks, |stacks| stacks.name(&raw)).unwrap_or_else(|| {
+                        let frames = raw.python.iter().flat_map(|run| run.frames.iter().cloned()).collect();
+                        NamedStack { stack: Stack { frames, incomplete: Some(FAILED) }, ..NamedStack::default() }
+                    });
+                    if report.send(Done::Stack(ticket, size, Box::new(named))).is_err() {
+                        return;
+                    }
                 }
             }
         }
