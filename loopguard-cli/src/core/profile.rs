@@ -240,6 +240,8 @@ impl LoopThread {
             None => parts(&span, &captures, probe),
         };
         let is_whole = parts.len() == 1;
+        // Now and then the kernel shows nobody that a thread is awake again: then it has no wait that ended, only the time.
+        let is_summed = !step.waits.is_empty() || (step.off_cpu.waiting_ns, step.off_cpu.gil_ns) == (0, 0);
         let in_flight = self.in_flight.take().filter(|in_flight| in_flight.step_seq == step.seq);
         let mut ended = Ended::default();
         for part in &parts {
@@ -247,7 +249,11 @@ impl LoopThread {
             let split = Split::of(&part.span);
             let of_route = settings.routes.threshold_ns(&blame.owner);
             let threshold_ns = of_route.unwrap_or(self.threshold_ns());
-            let waits = if is_whole { waits_of_step(&step.waits, part.captures) } else { waits_seen(part.captures) };
+            let waits = if is_whole && is_summed {
+                waits_of_step(&step.waits, part.captures)
+            } else {
+                waits_seen(part.captures)
+            };
             if part.span.duration_ns() < threshold_ns {
                 let (start_ns, end_ns) = (part.span.start_ns, part.span.end_ns);
                 let short = ShortStep { start_ns, end_ns, split, waits, blame };
@@ -659,6 +665,18 @@ mod tests {
                 Step { off_cpu: waited([20, 4, 1]), waits, ..step(1, 0..30) },
             ],
             &["0..30 A Exact | Code 5+20+4+1 | query calls psycopg.wait | 20 recvfrom 127.0.0.1:5432 | 4 futex ?"],
+        );
+    }
+
+    #[test]
+    fn a_wait_whose_end_the_kernel_did_not_show_is_named_by_who_saw_it() {
+        check(
+            Exact,
+            events![
+                wait(1, 5..25, "A recvfrom psycopg.wait < query < handler"),
+                Step { off_cpu: waited([25, 0, 0]), ..step(1, 0..30) },
+            ],
+            &["0..30 A Exact | Code 5+25+0+0 | query calls psycopg.wait | 20 recvfrom 127.0.0.1:5432"],
         );
     }
 
