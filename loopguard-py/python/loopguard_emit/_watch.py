@@ -11,13 +11,16 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Final, TypeVar, cast
+from types import CodeType, FrameType
+from typing import Final, TypeAlias, TypeVar, cast
 
 from loopguard_emit._native import Request
 from loopguard_emit._tasks import follow_tasks
 
 T = TypeVar("T")
+
+# Code and line in code of one's own, and the innermost ones.
+_Line: TypeAlias = tuple[CodeType, int, CodeType, int]
 
 _LIBRARIES: Final = tuple(
     {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -48,7 +51,7 @@ class Watch:
         self._running: dict[int, int] = {}
         self._watched: dict[int, Request] = {}
         # By thread and since when.
-        self._lines: dict[tuple[int, int], Counter[str]] = {}
+        self._lines: dict[tuple[int, int], Counter[_Line]] = {}
         self._over = threading.Event()
 
     @contextmanager
@@ -99,7 +102,7 @@ class Watch:
     def _ended(self, thread: int, since: int, until: int) -> None:
         lines = self._lines.pop((thread, since), None)
         if until - since >= self.threshold_ns:
-            self.blocks.append(Block(until - since, lines.most_common(1)[0][0] if lines else None))
+            self.blocks.append(Block(until - since, _told(lines.most_common(1)[0][0]) if lines else None))
 
     def _look(self) -> None:
         while not self._over.wait(self.threshold_ns / 1e9 / _LOOKS):
@@ -109,9 +112,12 @@ class Watch:
                 if not since or now - since < self.threshold_ns / 2:
                     continue
                 frame = sys._current_frames().get(thread)
-                # Still the same one: the frame is of it.
-                if frame is not None and self._since(thread) == since:
-                    self._lines.setdefault((thread, since), Counter())[_line(frame)] += 1
+                if frame is None:
+                    continue
+                line = _line(frame)
+                # Still the same one: the line is of it.
+                if self._since(thread) == since:
+                    self._lines.setdefault((thread, since), Counter())[line] += 1
 
     def _since(self, thread: int) -> int:
         """When the loop of a thread began what it runs; 0: it runs nothing."""
@@ -119,21 +125,29 @@ class Watch:
         return self._running.get(thread, 0) or (watched.running_since_ns if watched else 0)
 
 
-def _line(innermost: FrameType) -> str:
-    """Where that is, in code of one's own if there is any."""
+def _line(innermost: FrameType) -> _Line:
+    """Where that is, in code of one's own if there is any.
+
+    Does nothing that releases the GIL: the thread would go on, and its frames with it.
+    """
     frame: FrameType | None = innermost
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back
     own = frame or innermost
-    where = f"at {_place(own)}"
-    source = linecache.getline(own.f_code.co_filename, own.f_lineno).strip()
+    return own.f_code, own.f_lineno, innermost.f_code, innermost.f_lineno
+
+
+def _told(line: _Line) -> str:
+    own, number, innermost, innermost_number = line
+    where = f"at {_place(own, number)}"
+    source = linecache.getline(own.co_filename, number).strip()
     if source:
         where += f": {source}"
-    return where if own is innermost else f"{where} (in {_place(innermost)})"
+    return where if own is innermost else f"{where} (in {_place(innermost, innermost_number)})"
 
 
-def _place(frame: FrameType) -> str:
-    path = Path(frame.f_code.co_filename)
+def _place(code: CodeType, number: int) -> str:
+    path = Path(code.co_filename)
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
-    return f"{path}:{frame.f_lineno} {frame.f_code.co_qualname}"
+    return f"{path}:{number} {code.co_qualname}"
