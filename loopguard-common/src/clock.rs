@@ -163,12 +163,12 @@ impl LoopClock {
         self.tick_start_ns = now;
     }
 
-    /// The thread is seen to run. If it was last seen asleep in its poll, its way back was passed over (another tracer
-    /// coming or going at that moment can do that), and the tick begins now at the latest.
+    /// The thread is seen to run. If it was last seen off the CPU, its way back was passed over (another tracer coming
+    /// or going at that moment can do that): its wait ended, or its tick began, now at the latest.
     #[inline(always)]
     pub fn seen_running(&mut self, now: u64) {
-        if self.polling != 0 {
-            self.begin_tick(now);
+        if self.polling != 0 || self.state != ON_CPU {
+            self.switch_in(now);
         }
     }
 
@@ -178,10 +178,13 @@ impl LoopClock {
         (self.polling == MAY_POLL).then(|| now.saturating_sub(self.mark_ns))
     }
 
-    /// Ends the current step; its waits and split stay readable until the next edge.
+    /// Ends the current step; its waits and split stay readable until the next edge. Only the thread itself does that:
+    /// so it runs.
     #[inline(always)]
     pub fn end_step(&mut self, now: u64) -> EndedStep {
+        self.wakeup(now);
         self.account(now);
+        self.state = ON_CPU;
         EndedStep { start_ns: self.step_start_ns, end_ns: self.mark_ns }
     }
 
@@ -391,7 +394,12 @@ mod tests {
                     clock.wakeup(now);
                     None
                 }
+                "sampled" => {
+                    clock.seen_running(now);
+                    None
+                }
                 "preempted" => {
+                    clock.seen_running(now);
                     clock.switch_out(now, SwitchOut::Preempted);
                     None
                 }
@@ -469,6 +477,20 @@ mod tests {
     #[test]
     fn a_wait_across_an_unseen_wakeup_ends_when_the_thread_runs() {
         check("0 poll-returns\n 5 sleeps 230\n 9 runs\n 10 polls", &["0..10 cpu 6 wait 4 [230x1 4]"]);
+    }
+
+    #[test]
+    fn a_wait_whose_end_nobody_saw_ends_with_its_step() {
+        check(
+            "0 poll-returns\n 5 sleeps 230\n 9 step\n 12 step\n 20 polls",
+            &["0..9 cpu 5 wait 4 [230x1 4]", "9..12 cpu 3", "12..20 cpu 8"],
+        );
+        check("0 poll-returns\n 5 sleeps 230\n 9 sampled\n 12 polls", &["0..12 cpu 8 wait 4 [230x1 4]"]);
+        check("0 poll-returns\n 5 preempted\n 9 polls-briefly\n 12 polls", &["0..9 cpu 5 queue 4", "9..12 cpu 3"]);
+        check(
+            "0 poll-returns\n 5 sleeps 230\n 9 preempted\n 12 runs\n 13 polls",
+            &["0..13 cpu 6 wait 4 queue 3 [230x1 4]"],
+        );
     }
 
     #[test]

@@ -179,6 +179,8 @@ pub fn on_sample(_ctx: PerfEventContext) -> u32 {
 
 #[inline(always)]
 fn sample(target: &mut Watched, now: u64) {
+    // A timer's interrupt: it can't come between the program at a switch and the switch.
+    target.clock.seen_running(now);
     if !target.clock.capture_due(now, pace(target.thread, target.clock, now)) {
         return;
     }

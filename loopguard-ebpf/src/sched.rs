@@ -88,6 +88,7 @@ fn switched_out(mut target: Watched, preempted: bool) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     if preempted {
+        target.clock.seen_running(now);
         target.clock.switch_out(now, SwitchOut::Preempted);
         // The sampling clock counts time on the CPU: a step that is kept from it meets few of its samples. Healthy steps
         // are over long before they are this old.
