@@ -1,7 +1,7 @@
 //! Turns places in files into functions, files and lines: those that were inlined there too.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     path::PathBuf,
     sync::Arc,
@@ -47,6 +47,7 @@ const KEPT_TIMES: u32 = 20;
 pub struct Names {
     readers: HashMap<u32, Reader>,
     known: Recent<(u32, u64), Named>,
+    frames: Frames,
     sources: HashMap<u32, Sources>,
     /// Files in which a name was not found, once each.
     nameless: HashMap<u32, Arc<Object>>,
@@ -58,6 +59,7 @@ impl Default for Names {
         Self {
             readers: HashMap::new(),
             known: Recent::of(PLACES),
+            frames: Frames::default(),
             sources: HashMap::new(),
             nameless: HashMap::new(),
             new_nameless: Vec::new(),
@@ -105,7 +107,7 @@ impl Names {
         let Ok(Symbolized::Sym(symbol)) = found else {
             let function = format!("{}+{:#x}", object.name(), place.address);
             let frame = frame(&module, Name::Offset(function), None);
-            return Named { frames: [frame].into(), is_unnamed: true, is_eval: false };
+            return Named { frames: [Arc::new(frame)].into(), is_unnamed: true, is_eval: false };
         };
         let is_eval = symbol.name == EVAL || symbol.name.strip_prefix(EVAL).is_some_and(|rest| rest.starts_with('.'));
         let mut name = symbol.name.into_owned();
@@ -122,9 +124,32 @@ impl Names {
         let inlined = symbol.inlined.iter().take(MAX_INLINED);
         let inlined =
             inlined.map(|inner| frame(&module, Name::Function(inner.name.to_string()), inner.code_info.as_ref()));
-        let mut frames: Vec<Arc<Frame>> = std::iter::once(outer).chain(inlined).collect();
+        let mut frames: Vec<_> = std::iter::once(outer).chain(inlined).map(|frame| self.frames.shared(frame)).collect();
         frames.reverse();
         Named { frames: frames.into(), is_unnamed: false, is_eval }
+    }
+}
+
+/// Frames that are alike are one: a line has many places, and a function that is inlined everywhere even more.
+#[derive(Default)]
+struct Frames {
+    known: HashSet<Arc<Frame>>,
+    /// How many there are when those that no place has any more are forgotten.
+    full: usize,
+}
+
+impl Frames {
+    fn shared(&mut self, frame: Frame) -> Arc<Frame> {
+        if let Some(known) = self.known.get(&frame) {
+            return Arc::clone(known);
+        }
+        if self.known.len() >= self.full {
+            self.known.retain(|frame| Arc::strong_count(frame) > 1);
+            self.full = PLACES.max(self.known.len() * 2);
+        }
+        let frame = Arc::new(frame);
+        self.known.insert(Arc::clone(&frame));
+        frame
     }
 }
 
@@ -217,21 +242,21 @@ enum Name {
     Offset(String),
 }
 
-fn frame(module: &Module, name: Name, at: Option<&CodeInfo>) -> Arc<Frame> {
+fn frame(module: &Module, name: Name, at: Option<&CodeInfo>) -> Frame {
     let file = at.map(file);
     let (function, known) = match name {
         Name::Function(name) => (name, true),
         Name::Offset(name) => (name, false),
     };
     let origin = origin(module, known.then_some(&function), file.as_deref());
-    Arc::new(Frame {
+    Frame {
         kind: FrameKind::Native,
         origin,
         function: bounded(function, MAX_NAME),
         file: file.map(|file| bounded(file, MAX_PATH)),
         line: at.and_then(|at| at.line),
         module: Some(module.path.to_owned()),
-    })
+    }
 }
 
 fn file(at: &CodeInfo) -> String {
@@ -285,6 +310,20 @@ mod tests {
         names.let_go();
         assert!(!names.is_reading());
         assert_eq!(name(&mut names), first);
+    }
+
+    #[test]
+    fn frames_that_are_alike_are_one_as_long_as_a_place_has_them() {
+        let line = |line| Frame { line: Some(line), ..(*unplaced(1).frames[0]).clone() };
+        let mut frames = Frames::default();
+        let kept = frames.shared(line(0));
+        for number in 1..10 * PLACES as u32 {
+            frames.shared(line(number));
+            assert!(frames.known.len() <= PLACES);
+        }
+        assert!(Arc::ptr_eq(&kept, &frames.shared(line(0))));
+        let all: Vec<_> = (0..10 * PLACES as u32).map(|number| frames.shared(line(number))).collect();
+        assert!(Arc::ptr_eq(&all[0], &kept) && frames.known.len() == all.len());
     }
 
     #[test]

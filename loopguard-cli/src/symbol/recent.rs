@@ -1,4 +1,4 @@
-//! A cache that keeps what was asked for lately, in memory that is soon all it will ever need.
+//! A cache that keeps what was asked for lately, in tables that never grow.
 
 use std::{collections::HashMap, hash::Hash, mem};
 
@@ -14,7 +14,8 @@ pub struct Recent<K, V> {
 impl<K: Copy + Eq + Hash, V: Clone> Recent<K, V> {
     /// Keeps at least the `generation` entries that were used last, and at most twice as many.
     pub fn of(generation: usize) -> Self {
-        Self { young: HashMap::new(), old: HashMap::new(), generation }
+        let empty = || HashMap::with_capacity(generation);
+        Self { young: empty(), old: empty(), generation }
     }
 
     pub fn get(&mut self, key: K) -> Option<V> {
@@ -28,7 +29,8 @@ impl<K: Copy + Eq + Hash, V: Clone> Recent<K, V> {
 
     pub fn insert(&mut self, key: K, value: V) {
         if self.young.len() >= self.generation {
-            self.old = mem::take(&mut self.young);
+            mem::swap(&mut self.young, &mut self.old);
+            self.young.clear();
         }
         self.young.insert(key, value);
     }
