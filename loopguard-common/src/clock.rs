@@ -22,7 +22,8 @@ const POLLS: u32 = 1;
 /// The same: it may as well be blocked, and nobody can tell.
 const MAY_POLL: u32 = 2;
 
-/// The fields that every edge touches come first: they share two cache lines, which is what an edge costs.
+/// The fields that every edge touches come first, in two cache lines, and then what the end of a short tick does: cold
+/// lines are what an edge costs.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoopClock {
@@ -34,39 +35,44 @@ pub struct LoopClock {
     pub step_seq: u64,
     /// Up to when the time is accounted for.
     pub mark_ns: u64,
-    /// Time of the current step by state.
-    spent_ns: [u64; 4],
-    /// When a capture of this step was last sent; 0: none yet.
-    pub last_capture_ns: u64,
-    /// When the stack was last copied at a switch.
-    pub last_stack_ns: u64,
     /// Stack pointer at the tick's first step probe, to tell a nested `Context.run`.
     pub step_sp: u64,
     state: u32,
+    /// Whether the thread sleeps in its own poll call: 0, [`POLLS`] or [`MAY_POLL`].
+    polling: u32,
     /// `STEP_*` flags of the current step.
     pub step_flags: u32,
     /// Entries of `waits` in use.
     pub wait_count: u32,
-    /// Whether the thread sleeps in its own poll call: 0, [`POLLS`] or [`MAY_POLL`].
-    polling: u32,
     /// The capture buffer holds what was taken at the last switch-out.
     pub capture_pending: u32,
     pub wait_syscall: i32,
-    pub wait_arg0: u64,
-    pub wait_start_ns: u64,
+    /// Time of the current step by state.
+    spent_ns: [u64; 4],
+    /// When a capture of this step was last sent; 0: none yet.
+    pub last_capture_ns: u64,
     /// The requests whose code the thread is in, as the server's own probes tell.
     pub running: RunningRequests,
     /// Finished ticks, and their total time.
     pub ticks: u64,
     pub busy_ns: u64,
     pub tick_histogram: [u32; TICK_BUCKETS],
+    pub wait_arg0: u64,
+    pub wait_start_ns: u64,
+    /// When the stack was last copied at a switch.
+    pub last_stack_ns: u64,
     /// Steps below the threshold that count.
     pub short: ShortSum,
     /// Waits of the current step.
     pub waits: [Wait; MAX_WAITS],
+    /// To whole cache lines.
+    pub _pad: [u64; 2],
 }
 
-const _: () = assert!(size_of::<LoopClock>() == 11 * 8 + 6 * 4 + 4 * 8 + 40 + TICK_BUCKETS * 4 + 24 + MAX_WAITS * 24);
+// A wake-up of a healthy loop needs no more than the first line.
+const _: () = assert!(size_of::<LoopClock>() == 512 && core::mem::offset_of!(LoopClock, spent_ns) == 64);
+const _: () =
+    assert!(size_of::<LoopClock>() == 13 * 8 + 6 * 4 + 40 + 3 * 8 + TICK_BUCKETS * 4 + 24 + MAX_WAITS * 24 + 8);
 
 /// A step that just ended: the rest is still in the clock until [`LoopClock::begin_step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

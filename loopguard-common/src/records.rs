@@ -342,7 +342,22 @@ pub const THREAD_STEPS_TASK: u32 = 1 << 9;
 /// When no poll runs, a wait on a futex is the thread's way to park.
 pub const THREAD_PARKS_ON_FUTEX: u32 = 1 << 10;
 
-/// What user space tells the kernel programs about one loop thread; by slot. What every edge needs comes first.
+/// Mark of an id that may be watched: which slot it has, if any, is to be looked up.
+pub const MARK_LOOK_UP: u32 = 1;
+
+/// Mark of the thread at `slot`.
+pub const fn slot_mark(slot: u32) -> u32 {
+    slot + 2
+}
+
+/// The slot that a mark tells, or one that nobody can have.
+#[inline(always)]
+pub const fn marked_slot(mark: u32) -> u32 {
+    mark.wrapping_sub(2)
+}
+
+/// What user space tells the kernel programs about one loop thread; by slot. What every edge needs comes first: a cache
+/// line.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoopThread {
@@ -354,6 +369,8 @@ pub struct LoopThread {
     pub tgid: u32,
     /// The loop's own epoll descriptor.
     pub epoll_fd: i32,
+    /// Which steps below the threshold are told.
+    pub short: ShortPace,
     /// A step must be this old before anything is captured in it.
     pub capture_age_ns: u64,
     /// Captures of one step are at least this far apart; the older the step, the further.
@@ -364,14 +381,14 @@ pub struct LoopThread {
     pub native_thread_id: u64,
     /// Address ranges that hold the GIL's futexes: `_PyRuntime` and the interpreter state.
     pub gil: [AddressRange; 2],
-    /// Which steps below the threshold are told.
-    pub short: ShortPace,
     /// Address of the counter that gives tokio's tasks their ids; 0: not known.
     pub task_ids: u64,
     /// Where there is room for [`MAX_STACK_PAGES`] of this thread's stack; 0: it has the room of its slot.
     pub deep_stack: u32,
     pub _pad: u32,
 }
+
+const _: () = assert!(size_of::<LoopThread>() == 128 && core::mem::offset_of!(LoopThread, thread_state) == 64);
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

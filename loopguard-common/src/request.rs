@@ -161,10 +161,10 @@ const HAS_ENTERED: u32 = 1 << 31;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RunningRequests {
-    ids: [u64; MAX_NESTED],
     depth: u32,
     /// `STEP_PROBED`, if the step that was running when the first one was entered had it; [`HAS_ENTERED`].
     outer_flags: u32,
+    ids: [u64; MAX_NESTED],
 }
 
 impl RunningRequests {

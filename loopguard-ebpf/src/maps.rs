@@ -1,14 +1,14 @@
 //! The maps, and the way from a thread id to what is known of the thread.
 
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
+    bindings::{BPF_F_MMAPABLE, BPF_NOEXIST},
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, Queue, RingBuf},
 };
 use loopguard_common::{
     clock::LoopClock,
     layout::PyLayout,
-    records::{COUNTERS, Counter, LoopThread, StackPage},
+    records::{COUNTERS, Counter, LoopThread, MARK_LOOK_UP, StackPage, marked_slot, slot_mark},
     walk::CaptureBuffer,
 };
 
@@ -28,8 +28,9 @@ pub static STACKS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 #[map]
 pub static STACK_PAGES: Array<StackPage> = Array::with_max_entries(64, 0);
 
-/// Not 0 for a watched thread or process id: what keeps the programs cheap for everything else on the machine. A word
-/// each, not a bit: these programs and user space change neighbours at the same time.
+/// Not 0 for a watched thread or process id: what keeps the programs cheap for everything else on the machine; and for a
+/// thread its slot ([`slot_mark`]), if no other id took the entry. A word each: these programs and user space change
+/// neighbours at the same time.
 #[map]
 static WATCHED: Array<u32> = Array::with_max_entries(WATCHED_IDS, 0);
 
@@ -54,11 +55,12 @@ static FREE_SLOTS: Queue<u32> = Queue::with_max_entries(64, 0);
 #[map]
 static NEW_THREAD: Array<LoopThread> = Array::with_max_entries(1, 0);
 
-/// By slot; user space sizes these three and the free slots at load.
+/// By slot; user space sizes these three and the free slots at load. Of these two every edge touches an entry: the
+/// memory of a map that could be mapped begins on a page, so that entries begin on cache lines.
 #[map]
-static THREADS: Array<LoopThread> = Array::with_max_entries(64, 0);
+static THREADS: Array<LoopThread> = Array::with_max_entries(64, BPF_F_MMAPABLE);
 #[map]
-static CLOCKS: Array<LoopClock> = Array::with_max_entries(64, 0);
+static CLOCKS: Array<LoopClock> = Array::with_max_entries(64, BPF_F_MMAPABLE);
 #[map]
 static CAPTURES: Array<CaptureBuffer> = Array::with_max_entries(64, 0);
 
@@ -89,9 +91,14 @@ pub fn maybe_watched(id: u32) -> bool {
 /// From here on `id` may be watched.
 #[inline(always)]
 pub fn mark_watched(id: u32) {
+    mark(id, MARK_LOOK_UP);
+}
+
+#[inline(always)]
+fn mark(id: u32, with: u32) {
     if let Some(mark) = WATCHED.get_ptr_mut(id & (WATCHED_IDS - 1)) {
         // SAFETY: an entry of an array is never taken away.
-        unsafe { *mark = 1 };
+        unsafe { *mark = with };
     }
 }
 
@@ -112,17 +119,22 @@ pub fn watch_from_poll((tgid, tid): (u32, u32), epoll_fd: i32, flags: u32, now: 
         let _ = FREE_SLOTS.push(slot, 0);
         return None;
     }
-    mark_watched(tid);
+    mark(tid, slot_mark(slot));
     Some(slot)
 }
 
 #[inline(always)]
 pub fn watched(tid: u32) -> Option<Watched> {
-    if !maybe_watched(tid) {
+    let mark = *WATCHED.get(tid & (WATCHED_IDS - 1))?;
+    if mark == 0 {
         return None;
     }
-    // SAFETY: a word that is replaced whole.
-    at_slot(unsafe { *SLOTS.get(tid)? }, tid)
+    let slot = match THREADS.get(marked_slot(mark)) {
+        Some(thread) if thread.tid == tid => marked_slot(mark),
+        // SAFETY: a word that is replaced whole.
+        _ => unsafe { *SLOTS.get(tid)? },
+    };
+    at_slot(slot, tid)
 }
 
 /// The watched thread at `slot`, if it is `tid`.

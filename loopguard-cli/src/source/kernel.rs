@@ -26,7 +26,8 @@ use loopguard_common::{
     clock::{LoopClock, SwitchOut},
     layout::PyLayout,
     records::{
-        CaptureRecord, Counter, LoopThread, MAX_STACK_PAGES, PROCESS_BEFORE_POLLS, PROCESS_MAY_POLL, STEP_CUT_AT_ATTACH,
+        CaptureRecord, Counter, LoopThread, MARK_LOOK_UP, MAX_STACK_PAGES, PROCESS_BEFORE_POLLS, PROCESS_MAY_POLL,
+        STEP_CUT_AT_ATTACH, slot_mark,
     },
     short::ShortPace,
     walk::CaptureBuffer,
@@ -544,10 +545,10 @@ impl Kernel {
 
     pub fn unwatch_thread(&mut self, tid: Tid) {
         let Some(slot) = self.owners.iter().position(|owner| *owner == Some(tid)) else { return };
+        self.owners[slot] = None;
         let _ = self.mark(tid, false);
         let _ = self.slots.remove(&tid);
         let _ = self.free(slot as u32);
-        self.owners[slot] = None;
         if let Some(link) = self.samplers.remove(&tid)
             && let Some(program) = self.bpf.program_mut("on_sample")
             && let Ok(program) = <&mut PerfEvent>::try_from(program)
@@ -660,8 +661,11 @@ impl Kernel {
             self.ids.remove(&id);
         }
         let entry = id % self.watched.len();
-        let is_watched = self.ids.keys().any(|other| other % self.watched.len() == entry);
-        Ok(self.watched.set(entry, u32::from(is_watched), 0)?)
+        let is_of = |id: u32| id % self.watched.len() == entry;
+        let slot = self.owners.iter().position(|owner| owner.is_some_and(is_of));
+        let looked_up = self.ids.keys().any(|&id| is_of(id)).then_some(MARK_LOOK_UP);
+        let mark = slot.map(|slot| slot_mark(slot as u32)).or(looked_up).unwrap_or(0);
+        Ok(self.watched.set(entry, mark, 0)?)
     }
 }
 
