@@ -11,7 +11,7 @@ use gimli::{
     UnwindTableRow,
 };
 
-use super::recent::Recent;
+use super::{recent::Recent, shared::Shared};
 
 type Slice<'a> = EndianSlice<'a, LittleEndian>;
 
@@ -41,7 +41,7 @@ pub struct Tables {
 }
 
 /// How one function's caller is found at one instruction.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Row {
     pub cfa: Cfa,
     /// By DWARF number. A register without a rule is what it was.
@@ -52,13 +52,13 @@ pub struct Row {
 }
 
 /// The canonical frame address: the stack pointer before the call.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Cfa {
     Register { number: u16, offset: i64 },
     Expression(Box<[u8]>),
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Rule {
     Undefined,
     SameValue,
@@ -264,19 +264,21 @@ where
 pub struct Rows {
     known: Known,
     by_code: Known,
+    /// A function has many places and few rows, most of them other functions' as well.
+    rows: Shared<Row>,
 }
 
 type Known = Recent<(u32, u64), Result<Arc<Row>, NoRow>>;
 
 impl Default for Rows {
     fn default() -> Self {
-        Self { known: Recent::of(ROWS), by_code: Recent::of(ROWS) }
+        Self { known: Recent::of(ROWS), by_code: Recent::of(ROWS), rows: Shared::default() }
     }
 }
 
 impl Rows {
     pub fn get(&mut self, key: (u32, u64), look_up: impl FnOnce() -> Result<Row, NoRow>) -> Result<Arc<Row>, NoRow> {
-        Self::get_in(&mut self.known, key, look_up)
+        Self::get_in(&mut self.known, &mut self.rows, key, look_up)
     }
 
     /// The same for rules that come from code.
@@ -285,18 +287,19 @@ impl Rows {
         key: (u32, u64),
         look_up: impl FnOnce() -> Result<Row, NoRow>,
     ) -> Result<Arc<Row>, NoRow> {
-        Self::get_in(&mut self.by_code, key, look_up)
+        Self::get_in(&mut self.by_code, &mut self.rows, key, look_up)
     }
 
     fn get_in(
         known: &mut Known,
+        rows: &mut Shared<Row>,
         key: (u32, u64),
         look_up: impl FnOnce() -> Result<Row, NoRow>,
     ) -> Result<Arc<Row>, NoRow> {
         if let Some(known) = known.get(key) {
             return known;
         }
-        let row = look_up().map(Arc::new);
+        let row = look_up().map(|row| rows.one(row));
         known.insert(key, row.clone());
         row
     }

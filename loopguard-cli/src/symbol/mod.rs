@@ -1,7 +1,8 @@
 //! Turns what the kernel copied of a thread's stack into named frames, Python's among them.
 //!
 //! [`space`] says which file an address is in ([`maps`], [`object`]), [`unwind`] follows the calls by what [`cfi`] reads (or [`leaf`]),
-//! [`names`] names them and [`origin`] says whose they are ([`recent`] remembers both), [`join`] puts the Python frames in their place. All of it runs
+//! [`names`] names them and [`origin`] says whose they are ([`recent`] remembers both, [`shared`] what many
+//! places have in common), [`join`] puts the Python frames in their place. All of it runs
 //! on a thread of its own, behind [`naming`]; [`footprint`] keeps it small.
 
 pub mod cfi;
@@ -15,6 +16,7 @@ pub mod naming;
 mod object;
 mod origin;
 mod recent;
+mod shared;
 mod space;
 pub mod unwind;
 

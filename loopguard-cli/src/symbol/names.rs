@@ -1,7 +1,7 @@
 //! Turns places in files into functions, files and lines: those that were inlined there too.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fs::File,
     path::PathBuf,
     sync::Arc,
@@ -17,6 +17,7 @@ use super::{
     object::{Object, debug_file, path_of},
     origin::{Module, origin},
     recent::Recent,
+    shared::Shared,
     space::Place,
 };
 use crate::core::event::{Frame, FrameKind, Origin};
@@ -47,7 +48,8 @@ const KEPT_TIMES: u32 = 20;
 pub struct Names {
     readers: HashMap<u32, Reader>,
     known: Recent<(u32, u64), Named>,
-    frames: Frames,
+    /// A line has many places, and a function that is inlined everywhere even more.
+    frames: Shared<Frame>,
     sources: HashMap<u32, Sources>,
     /// Files in which a name was not found, once each.
     nameless: HashMap<u32, Arc<Object>>,
@@ -59,7 +61,7 @@ impl Default for Names {
         Self {
             readers: HashMap::new(),
             known: Recent::of(PLACES),
-            frames: Frames::default(),
+            frames: Shared::default(),
             sources: HashMap::new(),
             nameless: HashMap::new(),
             new_nameless: Vec::new(),
@@ -124,32 +126,9 @@ impl Names {
         let inlined = symbol.inlined.iter().take(MAX_INLINED);
         let inlined =
             inlined.map(|inner| frame(&module, Name::Function(inner.name.to_string()), inner.code_info.as_ref()));
-        let mut frames: Vec<_> = std::iter::once(outer).chain(inlined).map(|frame| self.frames.shared(frame)).collect();
+        let mut frames: Vec<_> = std::iter::once(outer).chain(inlined).map(|frame| self.frames.one(frame)).collect();
         frames.reverse();
         Named { frames: frames.into(), is_unnamed: false, is_eval }
-    }
-}
-
-/// Frames that are alike are one: a line has many places, and a function that is inlined everywhere even more.
-#[derive(Default)]
-struct Frames {
-    known: HashSet<Arc<Frame>>,
-    /// How many there are when those that no place has any more are forgotten.
-    full: usize,
-}
-
-impl Frames {
-    fn shared(&mut self, frame: Frame) -> Arc<Frame> {
-        if let Some(known) = self.known.get(&frame) {
-            return Arc::clone(known);
-        }
-        if self.known.len() >= self.full {
-            self.known.retain(|frame| Arc::strong_count(frame) > 1);
-            self.full = PLACES.max(self.known.len() * 2);
-        }
-        let frame = Arc::new(frame);
-        self.known.insert(Arc::clone(&frame));
-        frame
     }
 }
 
@@ -310,20 +289,6 @@ mod tests {
         names.let_go();
         assert!(!names.is_reading());
         assert_eq!(name(&mut names), first);
-    }
-
-    #[test]
-    fn frames_that_are_alike_are_one_as_long_as_a_place_has_them() {
-        let line = |line| Frame { line: Some(line), ..(*unplaced(1).frames[0]).clone() };
-        let mut frames = Frames::default();
-        let kept = frames.shared(line(0));
-        for number in 1..10 * PLACES as u32 {
-            frames.shared(line(number));
-            assert!(frames.known.len() <= PLACES);
-        }
-        assert!(Arc::ptr_eq(&kept, &frames.shared(line(0))));
-        let all: Vec<_> = (0..10 * PLACES as u32).map(|number| frames.shared(line(number))).collect();
-        assert!(Arc::ptr_eq(&all[0], &kept) && frames.known.len() == all.len());
     }
 
     #[test]

@@ -87,13 +87,18 @@ impl Codes {
         if code.frames.len() >= MAX_PLACES {
             code.frames.clear();
         }
-        let frame = Arc::new(Frame {
-            kind: FrameKind::Python,
-            origin: code.origin,
-            function: code.function.to_string(),
-            file: Some(code.file.to_string()),
-            line: code.line(offset as i64),
-            module: None,
+        let line = code.line(offset as i64);
+        // A line has several places.
+        let known = code.frames.values().find(|known| known.line == line).cloned();
+        let frame = known.unwrap_or_else(|| {
+            Arc::new(Frame {
+                kind: FrameKind::Python,
+                origin: code.origin,
+                function: code.function.to_string(),
+                file: Some(code.file.to_string()),
+                line,
+                module: None,
+            })
         });
         code.frames.insert(offset, frame.clone());
         Some(frame)
