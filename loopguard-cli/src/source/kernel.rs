@@ -10,16 +10,17 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData, PerCpuArray, Queue, RingBuf},
     programs::{
         BtfTracePoint, PerfEvent, Program, ProgramError, ProgramInfo, TracePoint, UProbe,
-        perf_event::{PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
+        perf_event::{PerfEventConfig, PerfEventLink, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
         uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLinkId, UProbeScope},
     },
     sys::{Stats, enable_stats},
+    util::online_cpus,
 };
 use aya_log::EbpfLogger;
 use loopguard_common::{
@@ -116,10 +117,10 @@ impl Pace {
         thread.short = self.short;
     }
 
-    /// How often the sampling clock of a loop thread ticks, in time that the thread is on the CPU.
+    /// How often the sampling clock ticks.
     fn sampling_period_ns(self, sampling: Sampling) -> u64 {
         match sampling {
-            // A step that reaches the threshold on the CPU meets it once after the age at which it is looked into.
+            // A step that reaches the threshold on one CPU meets it once after the age at which it is looked into.
             Sampling::Watchful => self.capture_age_ns.min(self.threshold_ns.saturating_sub(self.capture_age_ns)),
             // A block has at least eight of them.
             Sampling::Close => self.gap_ns(),
@@ -135,12 +136,14 @@ pub enum Progress {
     BeforePolls,
 }
 
-/// How closely a thread on the CPU is sampled: an interrupt costs a few microseconds.
+/// How closely threads on the CPU are sampled. An interrupt costs a few microseconds; and a clock of a thread's own most
+/// of one at each of the thread's switches, or several where it has to be set anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sampling {
-    /// Enough to notice the first step that becomes old.
+    /// Enough to notice the first step that becomes old: by the clocks of the CPUs, which all threads share.
     Watchful,
-    /// Enough to tell what a step was about, and where in a tick its owner changed.
+    /// Enough to tell what a step was about, and where in a tick its owner changed: by a clock of the thread's own, which
+    /// ticks in time that it is on the CPU.
     Close,
 }
 
@@ -175,6 +178,10 @@ pub struct Kernel {
     /// What is attached for the loops of all processes; nothing while they are not watched.
     watching: Vec<Box<dyn Any + Send>>,
     switch: SwitchShape,
+    /// The sampling clocks of the CPUs, and how often they tick; none while loops are not watched.
+    cpu_samplers: Vec<PerfEventLink>,
+    cpu_sampling_ns: u64,
+    /// Those of threads.
     samplers: StdHashMap<Tid, PerfEventLinkId>,
     /// By process and program.
     step_probes: StdHashMap<(u32, &'static str), UProbeLinkId>,
@@ -273,6 +280,8 @@ impl Kernel {
             closing: Closing::start()?,
             watching: Vec::new(),
             switch,
+            cpu_samplers: Vec::new(),
+            cpu_sampling_ns: 0,
             samplers: StdHashMap::new(),
             step_probes: StdHashMap::new(),
             bpf,
@@ -330,7 +339,7 @@ impl Kernel {
         self.leave_ticks();
         let attached = self.attach_watching();
         if attached.is_err() {
-            self.watching.clear();
+            self.unwatch_loops();
         }
         attached
     }
@@ -350,6 +359,25 @@ impl Kernel {
                 self.watching.push(Box::new(poll.take_link(link)?));
             }
         }
+        self.sample_cpus()
+    }
+
+    /// Has a sampling clock tick on every CPU. One that comes later is not sampled before loops are watched anew.
+    fn sample_cpus(&mut self) -> Result<()> {
+        let period_ns = self.pace.sampling_period_ns(Sampling::Watchful);
+        let cpus = online_cpus().map_err(|(what, error)| anyhow!("find the CPUs ({what}): {error}"))?;
+        let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
+        let mut links = Vec::new();
+        for cpu in cpus {
+            match attach_clock(program, PerfEventScope::AllProcessesOneCpu { cpu }, period_ns) {
+                Ok(link) => links.push(program.take_link(link)?),
+                // It went away just now.
+                Err(_) if !links.is_empty() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.cpu_samplers = links;
+        self.cpu_sampling_ns = period_ns;
         Ok(())
     }
 
@@ -357,6 +385,7 @@ impl Kernel {
     pub fn unwatch_loops(&mut self) {
         // Here and now: a program is attached once at a time, and nothing is missed while this waits for the kernel.
         self.watching.clear();
+        self.cpu_samplers.clear();
         // What else looks at clocks must not take what they stand at for a long step.
         self.leave_ticks();
     }
@@ -484,8 +513,6 @@ impl Kernel {
         let owner = self.owners.get_mut(slot as usize).context("a slot that does not exist")?;
         if owner.replace(tid) != Some(tid) {
             self.mark(tid, true)?;
-            // One that has ended by now has no clock to set.
-            let _ = self.sample(tid, Sampling::Watchful);
         }
         Ok(())
     }
@@ -524,18 +551,18 @@ impl Kernel {
         Ok(self.free_slots.push(slot, 0)?)
     }
 
-    /// Has the sampling clock of a thread tick this closely.
+    /// Has a thread sampled this closely.
     pub fn sample(&mut self, tid: Tid, sampling: Sampling) -> Result<()> {
         let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
-        let link = program
-            .attach(
-                PerfEventConfig::Software(SoftwareEvent::CpuClock),
-                PerfEventScope::OneProcess { pid: tid, cpu: None },
-                SamplePolicy::Period(self.pace.sampling_period_ns(sampling)),
-                false,
-            )
-            .context("attach the sampling clock")?;
-        if let Some(before) = self.samplers.insert(tid, link)
+        let before = match sampling {
+            Sampling::Watchful => self.samplers.remove(&tid),
+            Sampling::Close => {
+                let scope = PerfEventScope::OneProcess { pid: tid, cpu: None };
+                let link = attach_clock(program, scope, self.pace.sampling_period_ns(sampling))?;
+                self.samplers.insert(tid, link)
+            }
+        };
+        if let Some(before) = before
             && let Ok(before) = program.take_link(before)
         {
             self.closing.close(before);
@@ -549,13 +576,7 @@ impl Kernel {
         let _ = self.mark(tid, false);
         let _ = self.slots.remove(&tid);
         let _ = self.free(slot as u32);
-        if let Some(link) = self.samplers.remove(&tid)
-            && let Some(program) = self.bpf.program_mut("on_sample")
-            && let Ok(program) = <&mut PerfEvent>::try_from(program)
-            && let Ok(link) = program.take_link(link)
-        {
-            self.closing.close(link);
-        }
+        let _ = self.sample(tid, Sampling::Watchful);
     }
 
     /// Changes what is known of a watched thread, its clock untouched.
@@ -641,6 +662,9 @@ impl Kernel {
         pace.fill_in(&mut new_thread);
         Array::<_, LoopThread>::try_from(self.bpf.map_mut("NEW_THREAD").context("the kernel object has no map")?)?
             .set(0, new_thread, 0)?;
+        if !self.cpu_samplers.is_empty() && self.cpu_sampling_ns != pace.sampling_period_ns(Sampling::Watchful) {
+            self.sample_cpus()?;
+        }
         Ok(())
     }
 
@@ -667,6 +691,11 @@ impl Kernel {
         let mark = slot.map(|slot| slot_mark(slot as u32)).or(looked_up).unwrap_or(0);
         Ok(self.watched.set(entry, mark, 0)?)
     }
+}
+
+fn attach_clock(program: &mut PerfEvent, scope: PerfEventScope, period_ns: u64) -> Result<PerfEventLinkId> {
+    let clock = PerfEventConfig::Software(SoftwareEvent::CpuClock);
+    program.attach(clock, scope, SamplePolicy::Period(period_ns), false).context("attach the sampling clock")
 }
 
 /// Where the rooms for deep stacks begin: behind those of the slots.
