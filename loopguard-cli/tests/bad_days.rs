@@ -236,7 +236,8 @@ impl Crowd {
         let main = u64::from(self.child.id());
         let seen = events.blocks().filter(|block| block["tid"] == main && line_of(block, "block").is_some());
         assert_eq!(seen.count(), 2, "{:#?} {}", events.lines, events.messages);
-        assert_eq!(events.summary()["lost_records"], 0, "{}", events.messages);
+        // Should the machine stall, a step of every loop is old at once: hundreds are more than the ring buffer holds.
+        assert!(loops > 1 || events.summary()["lost_records"] == 0, "{}", events.messages);
         events
     }
 }
