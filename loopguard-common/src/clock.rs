@@ -188,9 +188,7 @@ impl LoopClock {
     /// so it runs.
     #[inline(always)]
     pub fn end_step(&mut self, now: u64) -> EndedStep {
-        self.wakeup(now);
-        self.account(now);
-        self.state = ON_CPU;
+        self.goes_on(now);
         EndedStep { start_ns: self.step_start_ns, end_ns: self.mark_ns }
     }
 
@@ -282,7 +280,12 @@ impl LoopClock {
             self.begin_tick(now);
             return;
         }
-        // A wake-up that no tracepoint showed: the wait ended at the latest now.
+        self.goes_on(now);
+    }
+
+    /// It is on the CPU. A wake-up that no tracepoint showed: the wait ended at the latest now.
+    #[inline(always)]
+    fn goes_on(&mut self, now: u64) {
         self.wakeup(now);
         self.account(now);
         self.state = ON_CPU;

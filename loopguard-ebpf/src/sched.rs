@@ -90,8 +90,8 @@ fn switched_out(mut target: Watched, preempted: bool) {
     if preempted {
         target.clock.seen_running(now);
         target.clock.switch_out(now, SwitchOut::Preempted);
-        // The sampling clock counts time on the CPU: a step that is kept from it meets few of its samples. Healthy steps
-        // are over long before they are this old.
+        // Only a thread on the CPU is sampled: a step that is kept from it meets few samples. Healthy steps are over long
+        // before they are this old.
         let pace = pace(target.thread, target.clock, now);
         if target.clock.in_tick() && now - target.clock.step_start_ns >= pace.age_ns / 8 {
             let in_none = InSyscall { number: SYSCALL_NONE, arg0: 0 };

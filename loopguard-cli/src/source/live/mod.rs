@@ -34,7 +34,7 @@ use super::{
     cost::CostMeter,
     decode::{Record, decode},
     governor::{Budget, Change, Effort, Governor, Shift, Shifts, Spent},
-    kernel::{Kernel, Pace, Sampling, Talk},
+    kernel::{Kernel, Pace, Talk},
     process::{self, Identity},
 };
 use crate::{
@@ -467,17 +467,14 @@ impl Live {
             if !self.governor.effort().reads_details {
                 self.unmark_steps(pid);
             }
-            let is_close = self.targets.get(&pid).is_some_and(|target| target.closeness.is_close());
-            if is_close {
-                self.mark_polls(pid);
+            // The others have no clocks of their own.
+            if self.targets.get(&pid).is_none_or(|target| !target.closeness.is_close()) {
+                continue;
             }
+            self.mark_polls(pid);
             let loops = self.loops.values().filter(|known| known.info.pid == pid);
             for tid in loops.map(|known| known.info.tid).collect::<Vec<_>>() {
-                if is_close {
-                    self.watch_loop_closely(tid);
-                } else {
-                    let _ = self.kernel.sample(tid, Sampling::Watchful);
-                }
+                self.watch_loop_closely(tid);
             }
         }
     }
