@@ -80,7 +80,7 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
 pub struct Image {
     /// As the target names it.
     pub path: String,
-    /// What it was opened as; the kernel can open it as well.
+    /// A path of ours that opens the same file, as long as the image lives; the kernel can open it as well.
     pub opened: PathBuf,
     bias: u64,
     /// `e_machine`.
@@ -206,7 +206,8 @@ impl Image {
     /// # Errors
     /// `InvalidData` when it is not a 64-bit ELF file.
     pub fn of_file(file: File) -> io::Result<Self> {
-        Self::parse(file, PathBuf::new())
+        let opened = target_file::own_path(&file);
+        Self::parse(file, opened)
     }
 
     /// What was added to the file's addresses when it was mapped.

@@ -3,7 +3,8 @@
 use std::ffi::CString;
 use std::fs::{File, Metadata};
 use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd};
+use std::path::PathBuf;
 
 /// The target's own file of that name, opened for reading.
 pub fn open(pid: u32, path: &str) -> io::Result<File> {
@@ -23,7 +24,12 @@ pub fn open_if(root: &str, path: &str, is_wanted: impl FnOnce(&Metadata) -> bool
     if !is_wanted(&metadata) {
         return Err(io::ErrorKind::NotFound.into());
     }
-    File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
+    File::open(own_path(&found))
+}
+
+/// A path of ours that leads to an open file, for as long as it is open.
+pub fn own_path(file: &impl AsRawFd) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 fn open_folder(path: &str) -> io::Result<OwnedFd> {

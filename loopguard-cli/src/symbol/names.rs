@@ -14,7 +14,7 @@ use blazesym::symbolize::{
 };
 
 use super::{
-    object::{Object, debug_file, path_of},
+    object::{Object, debug_file},
     origin::{Module, origin},
     recent::Recent,
     shared::Shared,
@@ -164,7 +164,7 @@ struct Sources {
 impl Sources {
     fn of(pid: u32, object: &Object) -> Self {
         let debug_file = debug_file(pid, object);
-        let path = debug_file.as_ref().map_or_else(|| object.own_path(), path_of);
+        let path = debug_file.as_ref().map_or_else(|| object.own_path().to_owned(), target_file::own_path);
         // A name in the file would be followed wherever it leads; where that is right, it was found already.
         let follows_link = debug_file.is_none() && object.image.section_bytes(".gnu_debuglink").is_some();
         // Split debug information lies beside the file, so that has to be opened by its own name.
@@ -250,6 +250,8 @@ fn bounded(mut text: String, limit: usize) -> String {
         text.truncate(end);
         text.push('…');
     }
+    // Kept for long, and there are thousands.
+    text.shrink_to_fit();
     text
 }
 

@@ -5,11 +5,8 @@ use std::{
     ffi::CString,
     fs::{File, Metadata},
     io::{self, Write as _},
-    os::{
-        fd::{AsRawFd as _, FromRawFd as _},
-        unix::fs::MetadataExt as _,
-    },
-    path::PathBuf,
+    os::{fd::FromRawFd as _, unix::fs::MetadataExt as _},
+    path::Path,
     sync::{Arc, OnceLock},
 };
 
@@ -38,20 +35,18 @@ pub struct Object {
     pub path: String,
     pub build_id: Vec<u8>,
     pub image: Image,
-    file: File,
     tables: OnceLock<(Tables, Index)>,
 }
 
 impl Object {
     fn new(id: u32, file: File, path: &str) -> io::Result<Self> {
-        let image = Image::of_file(file.try_clone()?)?;
+        let image = Image::of_file(file)?;
         let build_id = image.section_bytes(".note.gnu.build-id").and_then(|(_, note)| build_id(&note));
         Ok(Self {
             id,
             path: path.strip_suffix(" (deleted)").unwrap_or(path).to_owned(),
             build_id: build_id.unwrap_or_default(),
             image,
-            file,
             tables: OnceLock::new(),
         })
     }
@@ -62,8 +57,8 @@ impl Object {
     }
 
     /// A path of ours that opens the same file, whatever happened to its own.
-    pub fn own_path(&self) -> PathBuf {
-        path_of(&self.file)
+    pub fn own_path(&self) -> &Path {
+        &self.image.opened
     }
 
     /// The rules at `address`, in the file's own terms.
@@ -196,11 +191,6 @@ impl Objects {
         }
         Ok(object)
     }
-}
-
-/// A path of ours that leads to an open file, for as long as it is open.
-pub fn path_of(file: &File) -> PathBuf {
-    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 fn open(pid: u32, mapping: &CodeMapping, key: FileKey, path: &str) -> io::Result<File> {
