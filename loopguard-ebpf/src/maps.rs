@@ -125,6 +125,10 @@ pub fn watch_from_poll((tgid, tid): (u32, u32), epoll_fd: i32, flags: u32, now: 
 
 #[inline(always)]
 pub fn watched(tid: u32) -> Option<Watched> {
+    // The idle task, on one side of most switches: not even its mark has to be fetched.
+    if tid == 0 {
+        return None;
+    }
     let mark = *WATCHED.get(tid & (WATCHED_IDS - 1))?;
     if mark == 0 {
         return None;
