@@ -404,7 +404,7 @@ impl AddressRange {
     }
 }
 
-/// What could not be delivered or done, counted per CPU under these indices.
+/// What was done and what could not be, counted per CPU under these indices.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
@@ -418,8 +418,10 @@ pub enum Counter {
     RequestsUntracked = 3,
     /// Enters and exits of requests that had no counterpart.
     RequestsAstray = 4,
+    /// Ticks of sampling clocks, whoever they met.
+    Samples = 5,
 }
-pub const COUNTERS: u32 = 5;
+pub const COUNTERS: u32 = 6;
 
 const _: () = assert!(size_of::<RecordHeader>() == 16);
 const _: () = assert!(size_of::<Wait>() == 24);

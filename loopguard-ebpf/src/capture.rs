@@ -14,14 +14,14 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::{BACKOFF_STEP, BACKOFF_TICK, CapturePace, LoopClock},
     records::{
-        CaptureCause, FUTEX_WORDS, LoopThread, REGISTER_SP, REGISTERS, RecordHeader, RecordKind, SYSCALL_NONE,
+        CaptureCause, Counter, FUTEX_WORDS, LoopThread, REGISTER_SP, REGISTERS, RecordHeader, RecordKind, SYSCALL_NONE,
         THREAD_STEPS_CONTEXT_ENTER, THREAD_STEPS_CONTEXT_RUN, THREAD_TELLS_SHORT, WalkStatus,
     },
     walk::{Memory, PyThread, snapshot_request, walk_frames, walk_holder},
 };
 
 use crate::{
-    maps::{LAYOUTS, Watched, at_slot, capture_buffer, watched},
+    maps::{LAYOUTS, Watched, at_slot, capture_buffer, count, watched},
     send, stack,
 };
 
@@ -167,9 +167,10 @@ pub extern "C" fn capture_futex(slot: u32, address: u64, is_gil: u32) -> u32 {
     0
 }
 
-/// The sampling clock of one loop thread ticked while the thread was on the CPU.
+/// A sampling clock ticked: that of this CPU, or a loop thread's own.
 #[perf_event]
 pub fn on_sample(_ctx: PerfEventContext) -> u32 {
+    count(Counter::Samples);
     if let Some(mut target) = watched(bpf_get_current_pid_tgid() as u32) {
         // SAFETY: a helper without conditions.
         sample(&mut target, unsafe { bpf_ktime_get_ns() });

@@ -11,7 +11,7 @@ use aya_log_ebpf::debug;
 use loopguard_common::records::{NO_SLOT, PROCESS_BEFORE_POLLS, PollRecord, RecordHeader, RecordKind};
 
 use crate::{
-    maps::{PROCESSES, REPORTED_POLLS, maybe_watched, watch_from_poll, watched},
+    maps::{PROCESSES, REPORTED_POLLS, Watched, maybe_watched, watch_from_poll, watched},
     request, send, task,
 };
 
@@ -42,12 +42,7 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
         && task::polls_own(&target, epoll_fd)
     {
         let is_known = target.thread.epoll_fd >= 0;
-        if target.clock.in_tick() {
-            let ended = target.clock.end_step(now);
-            let request = target.clock.running.current();
-            send::step_if_long(target.thread, target.clock, ended, request);
-            request::tick_ended(&mut target, ended);
-        }
+        last_step_ends(&mut target, now);
         target.clock.end_tick(now);
         task::parks(&target);
         if is_known {
@@ -56,6 +51,17 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     }
     report_unknown(&ctx, Unknown { tgid, tid, now, epoll_fd, is_unwatched });
     0
+}
+
+/// The tick's last step ends, if there is a tick; the tick itself goes on until it is told otherwise.
+#[inline(always)]
+pub fn last_step_ends(target: &mut Watched, now: u64) {
+    if target.clock.in_tick() {
+        let ended = target.clock.end_step(now);
+        let request = target.clock.running.current();
+        send::step_if_long(target.thread, target.clock, ended, request);
+        request::tick_ended(target, ended);
+    }
 }
 
 /// A thread that is not watched, or a descriptor that is not its loop's: user space decides what it is. In a process

@@ -11,7 +11,7 @@ use loopguard_common::{
 
 use crate::{
     maps::{PROCESSES, REPORTED_POLLS, mark_watched, maybe_watched, unwatch, watched},
-    request,
+    poll,
     sched::{tgid_of, tid_of},
     send,
 };
@@ -84,13 +84,8 @@ fn finish(tid: u32) -> bool {
     let Some(mut target) = watched(tid) else { return false };
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
-    if target.clock.in_tick() {
-        let ended = target.clock.end_step(now);
-        let request = target.clock.running.current();
-        send::step_if_long(target.thread, target.clock, ended, request);
-        request::tick_ended(&mut target, ended);
-        target.clock.end_tick(now);
-    }
+    poll::last_step_ends(&mut target, now);
+    target.clock.end_tick(now);
     target.clock.switch_out(now, SwitchOut::Polls);
     unwatch(target.slot);
     true

@@ -12,7 +12,7 @@ use loopguard_common::{
 use crate::{
     capture::{self, InSyscall, current_syscall, pace},
     maps::{Watched, capture_buffer, watched},
-    request, send, stack, task,
+    poll, send, stack, task,
 };
 
 /// Offset of `pid` in the kernel's `struct task_struct`, set at load from its BTF.
@@ -106,12 +106,7 @@ fn switched_out(mut target: Watched, preempted: bool) {
     if polls || is_parked(&target, call.number) {
         // The poll's tracepoint ended the tick already, unless it was passed over: the kernel skips a program when
         // another one, or a map operation of ours, is in the middle of its work on this processor.
-        if target.clock.in_tick() {
-            let ended = target.clock.end_step(now);
-            let request = target.clock.running.current();
-            send::step_if_long(target.thread, target.clock, ended, request);
-            request::tick_ended(&mut target, ended);
-        }
+        poll::last_step_ends(&mut target, now);
         target.clock.switch_out(now, SwitchOut::Polls);
         task::parks(&target);
         return;

@@ -5,6 +5,7 @@ usage: watch.py LOOPGUARD APP LOOP. Every line is `TAG text`; the host judges th
 
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -15,10 +16,13 @@ from pathlib import Path
 PORT = 8000
 # An emulated processor is slow: what blocks on purpose must be far longer than what does not.
 THRESHOLD = "150ms"
-BLOCKS = ["/block/sleep/500", "/block/cpu/500", "/block/nested/600", "/block/sleep/700"]
+# The first is only explained if the sampling clock of its processor ticks.
+BLOCKS = ["/block/cpu/500", "/block/sleep/500", "/block/nested/600", "/block/sleep/700"]
 WARM_UP = ["/fine/warm", "/block/sleep/0", "/block/cpu/0", "/block/nested/0"] * 2
 # Mostly for the verifier: old kernels take a long time, and an emulated processor takes twenty times as long.
 PATIENCE_S = 600
+# The server's processor from the first block on.
+PROCESSOR = 1
 
 
 def say(tag: str, text: str) -> None:
@@ -49,6 +53,17 @@ def get(path: str, request_id: str) -> None:
     status = connection.getresponse().status
     connection.close()
     say("SENT", json.dumps({"path": path, "id": request_id, "status": status}))
+
+
+def replace_processor(server: int) -> None:
+    """What a suspended machine does to all processors but one: this one goes and comes back. The server moves there."""
+    switch = Path(f"/sys/devices/system/cpu/cpu{PROCESSOR}/online")
+    for state in "01":
+        switch.write_text(state)
+    # loopguard looks five times a second, of a slow processor's time.
+    time.sleep(5)
+    for thread in Path(f"/proc/{server}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {PROCESSOR})
 
 
 def main() -> None:
@@ -83,6 +98,7 @@ def main() -> None:
     try:
         wait_until("loopguard watches", lambda: "watching process" in messages.read_text(), watching)
         say("UPTIME", Path("/proc/uptime").read_text().split()[0])
+        replace_processor(server.pid)
         for number, path in enumerate(BLOCKS):
             get(path, f"guest-{number}")
         # A step ends after its answer is sent: once another request is answered, it has.

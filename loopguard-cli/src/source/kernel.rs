@@ -1,6 +1,7 @@
 //! Owns the kernel programs: loads them, tells them what to watch, and reads their maps.
 
 mod closing;
+mod cpu_clocks;
 mod multi;
 mod polls;
 mod requests;
@@ -10,17 +11,16 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData, PerCpuArray, Queue, RingBuf},
     programs::{
         BtfTracePoint, PerfEvent, Program, ProgramError, ProgramInfo, TracePoint, UProbe,
-        perf_event::{PerfEventConfig, PerfEventLink, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
+        perf_event::{PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
         uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLinkId, UProbeScope},
     },
     sys::{Stats, enable_stats},
-    util::online_cpus,
 };
 use aya_log::EbpfLogger;
 use loopguard_common::{
@@ -46,6 +46,7 @@ use crate::{
     sink::escape::printable,
 };
 use closing::Closing;
+use cpu_clocks::CpuClocks;
 use requests::RequestMaps;
 
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without the BPF toolchain.
@@ -178,10 +179,9 @@ pub struct Kernel {
     /// What is attached for the loops of all processes; nothing while they are not watched.
     watching: Vec<Box<dyn Any + Send>>,
     switch: SwitchShape,
-    /// The sampling clocks of the CPUs, and how often they tick; none while loops are not watched.
-    cpu_samplers: Vec<PerfEventLink>,
-    cpu_sampling_ns: u64,
-    /// Those of threads.
+    /// None while loops are not watched.
+    cpu_clocks: CpuClocks,
+    /// The sampling clocks of threads.
     samplers: StdHashMap<Tid, PerfEventLinkId>,
     /// By process and program.
     step_probes: StdHashMap<(u32, &'static str), UProbeLinkId>,
@@ -280,8 +280,7 @@ impl Kernel {
             closing: Closing::start()?,
             watching: Vec::new(),
             switch,
-            cpu_samplers: Vec::new(),
-            cpu_sampling_ns: 0,
+            cpu_clocks: CpuClocks::default(),
             samplers: StdHashMap::new(),
             step_probes: StdHashMap::new(),
             bpf,
@@ -362,30 +361,28 @@ impl Kernel {
         self.sample_cpus()
     }
 
-    /// Has a sampling clock tick on every CPU. One that comes later is not sampled before loops are watched anew.
     fn sample_cpus(&mut self) -> Result<()> {
-        let period_ns = self.pace.sampling_period_ns(Sampling::Watchful);
-        let cpus = online_cpus().map_err(|(what, error)| anyhow!("find the CPUs ({what}): {error}"))?;
         let program: &mut PerfEvent = program_mut(&mut self.bpf, "on_sample")?.try_into()?;
-        let mut links = Vec::new();
-        for cpu in cpus {
-            match attach_clock(program, PerfEventScope::AllProcessesOneCpu { cpu }, period_ns) {
-                Ok(link) => links.push(program.take_link(link)?),
-                // It went away just now.
-                Err(_) if !links.is_empty() => {}
-                Err(error) => return Err(error),
-            }
-        }
-        self.cpu_samplers = links;
-        self.cpu_sampling_ns = period_ns;
-        Ok(())
+        self.cpu_clocks.start(program, self.pace.sampling_period_ns(Sampling::Watchful))
+    }
+
+    /// Has all CPUs sampled that are there by now; to be called now and then.
+    ///
+    /// # Errors
+    /// When the clocks of the CPUs can't be attached: those that were go on.
+    pub fn follow_cpus(&mut self) -> Result<()> {
+        let samples = || {
+            let by_cpu = self.counts.get(&(Counter::Samples as u32), 0);
+            by_cpu.map(|by_cpu| by_cpu.iter().copied().collect()).unwrap_or_default()
+        };
+        if self.cpu_clocks.want_start(samples) { self.sample_cpus() } else { Ok(()) }
     }
 
     /// Takes away what watches loops.
     pub fn unwatch_loops(&mut self) {
         // Here and now: a program is attached once at a time, and nothing is missed while this waits for the kernel.
         self.watching.clear();
-        self.cpu_samplers.clear();
+        self.cpu_clocks.stop();
         // What else looks at clocks must not take what they stand at for a long step.
         self.leave_ticks();
     }
@@ -662,7 +659,7 @@ impl Kernel {
         pace.fill_in(&mut new_thread);
         Array::<_, LoopThread>::try_from(self.bpf.map_mut("NEW_THREAD").context("the kernel object has no map")?)?
             .set(0, new_thread, 0)?;
-        if !self.cpu_samplers.is_empty() && self.cpu_sampling_ns != pace.sampling_period_ns(Sampling::Watchful) {
+        if self.cpu_clocks.tick_otherwise(pace.sampling_period_ns(Sampling::Watchful)) {
             self.sample_cpus()?;
         }
         Ok(())

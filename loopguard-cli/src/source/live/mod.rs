@@ -139,6 +139,8 @@ pub struct Live {
     targets_cpu: Duration,
     /// What happened and did not fit into events: for the person at the terminal.
     notices: Vec<String>,
+    /// That some CPUs are not sampled was said.
+    told_of_cpus: bool,
     /// It was said that there are more loops than can be watched.
     said_full: bool,
     /// What loops that are gone had done.
@@ -245,6 +247,7 @@ impl Live {
             cpu_of: HashMap::new(),
             targets_cpu: Duration::ZERO,
             notices: Vec::new(),
+            told_of_cpus: false,
             said_full: false,
             finished: Vec::new(),
             lost_when_searched: 0,
@@ -368,6 +371,11 @@ impl Live {
             self.notices.push(NOT_MEASURED.to_owned());
         }
         self.govern();
+        if let Err(error) = self.kernel.follow_cpus()
+            && !std::mem::replace(&mut self.told_of_cpus, true)
+        {
+            self.notices.push(format!("not all CPUs are sampled: {error:#}"));
+        }
         self.kernel.flush_log();
         self.relax();
         self.end_learning();
