@@ -11,6 +11,9 @@
 //! future is dropped first, because the client went away or because it panicked, it ends with
 //! [`NO_RESPONSE`](crate::NO_RESPONSE). Tasks that a handler spawns are not part of it: that includes what runs on an
 //! upgraded connection (a websocket), whose request ends with status 101.
+//!
+//! What a request is called is told if a tracer listens as it begins. To one that comes later it is a request that was
+//! open before.
 
 use core::{
     future::Future,
@@ -24,7 +27,7 @@ use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use crate::{NO_RESPONSE, end, enter, exit, next_id, start};
+use crate::{NO_RESPONSE, end, enter, exit, is_traced, next_id, start};
 
 /// The layer. It has no settings.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,8 +47,12 @@ pub struct Probed<S> {
     inner: S,
 }
 
-/// Stands in a request's extensions once a layer tells of it, with its id. A second one further in has only the route to
-/// add, which the first may not have known.
+/// Stands in a request's extensions once a layer tells of it; it takes no memory there. A second one further in leaves
+/// that to the first.
+#[derive(Clone, Copy, Debug)]
+struct Passed;
+
+/// Its id, where a tracer listened as it began: the second layer may know the route, which the first did not.
 #[derive(Clone, Copy, Debug)]
 struct Told(u64);
 
@@ -62,12 +69,17 @@ where
     }
 
     fn call(&mut self, mut request: Request<RequestBody>) -> Self::Future {
-        if let Some(&Told(id)) = request.extensions().get() {
-            tell_route(id, &request);
+        if request.extensions_mut().insert(Passed).is_some() {
+            if let Some(&Told(id)) = request.extensions().get() {
+                tell_route(id, &request);
+            }
             return ProbedFuture { inner: Some(self.inner.call(request)), open: None };
         }
-        let open = Open::begin(&request);
-        request.extensions_mut().insert(Told(open.id));
+        let open = Open { id: next_id(), status: NO_RESPONSE };
+        // What a request is called is not looked up for nobody.
+        if is_traced() {
+            open.tell(&mut request);
+        }
         let inner = open.run(|| self.inner.call(request));
         ProbedFuture { inner: Some(inner), open: Some(open) }
     }
@@ -81,12 +93,12 @@ struct Open {
 }
 
 impl Open {
-    fn begin<B>(request: &Request<B>) -> Self {
-        let open = Self { id: next_id(), status: NO_RESPONSE };
+    #[inline(never)]
+    fn tell<B>(&self, request: &mut Request<B>) {
         let path = request.uri().path();
-        start(open.id, request.method().as_str().as_bytes(), path.as_bytes(), named(request.headers()));
-        tell_route(open.id, request);
-        open
+        start(self.id, request.method().as_str().as_bytes(), path.as_bytes(), named(request.headers()));
+        tell_route(self.id, request);
+        request.extensions_mut().insert(Told(self.id));
     }
 
     /// Runs a piece of the request's code.
@@ -407,6 +419,19 @@ mod tests {
             matches!(poll(Box::pin(fails.call(request(&[]))).as_mut()), Poll::Ready(Err(path)) if path == "/items/7")
         );
         assert_eq!(fired::take().iter().filter(|told| told.starts_with("end")).collect::<Vec<_>>(), ["end 0"]);
+    }
+
+    #[test]
+    fn nobody_is_told_what_a_request_is_called_if_nobody_listens() {
+        let inner = RequestProbes.layer(Handler(|_: &str| -> Answer { Box::pin(async { answers(200, 0) }) }));
+        let mut service = RequestProbes.layer(inner);
+        fired::listen(false);
+        let mut future = Box::pin(service.call(request(&[("x-request-id", "r1")])));
+        // A tracer that comes now finds it open, once.
+        fired::listen(true);
+        let Poll::Ready(Ok(response)) = poll(future.as_mut()) else { panic!() };
+        drop(response);
+        check(&["enter", "called", "exit", "enter", "exit", "enter", "exit", "end 200"]);
     }
 
     #[test]
