@@ -3,15 +3,16 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBytes, PyDict, PyFrozenSet, PyString};
+use pyo3::types::{PyBytes, PyDict, PyFrozenSet, PyString, PyTuple};
 
 use crate::coroutine::Coroutine;
 use crate::headers::Names;
-use crate::request::{Request, Rule, current, item};
+use crate::request::{Request, Rule, Told, current, item};
 
 /// Longer names than this are not repeated in a response.
 const MAX_NAME_LENGTH: usize = 128;
@@ -56,29 +57,38 @@ impl Gate {
     }
 
     /// The application's own awaitable where the scope is no request, an excluded one, or one that another gate
-    /// further out let in.
+    /// further out let in. Called with `scope`, `receive` and `send`, mostly in a tuple that can be handed on as it is.
+    #[pyo3(signature = (*arguments, **named))]
     fn __call__<'py>(
         &self,
-        scope: Bound<'py, PyAny>,
-        receive: Bound<'py, PyAny>,
-        send: Bound<'py, PyAny>,
+        mut arguments: Bound<'py, PyTuple>,
+        named: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let py = scope.py();
+        let py = arguments.py();
+        if named.is_some() || arguments.len() != ARGUMENTS.len() {
+            arguments = in_order(&arguments, named)?;
+        }
+        let scope = arguments.get_borrowed_item(0)?;
         let app = self.app.bind(py);
-        let Some(kind) = self.lets_in(&scope)? else { return app.call1((scope, receive, send)) };
+        let Some(kind) = self.lets_in(&scope)? else { return app.call1(arguments) };
         self.meet_loop(py)?;
         let rule =
             Rule { threshold_ns: self.threshold_ns, on_block: self.on_block.as_ref().map(|call| call.clone_ref(py)) };
-        let facts = scope.cast::<PyDict>()?;
-        let request = Bound::new(py, Request::new(facts, &send, rule))?;
-        let send = match &self.answer {
-            Some(answer) if kind == Kind::Http => {
-                request.get().call_it(self.name(facts));
+        let answer = self.answer.as_ref().filter(|_| kind == Kind::Http);
+        let told = Told::to_whom_it_may_concern();
+        if answer.is_none() && told == Told::Briefly {
+            let application = Coroutine::of(app.call1(arguments.clone())?)?;
+            return Ok(Bound::new(py, Request::running(arguments, rule, application))?.into_any());
+        }
+        let request = Bound::new(py, Request::new(told, arguments.clone(), rule))?;
+        let send = match answer {
+            Some(answer) => {
+                request.get().call_it(self.name(&*scope.cast::<PyDict>()?));
                 answer.bind(py).call1((&request,))?
             }
-            _ if request.get().is_told_fully() => request.getattr(intern!(py, "respond"))?,
-            _ => send,
+            None => request.getattr(intern!(py, "respond"))?,
         };
+        let receive = arguments.get_borrowed_item(1)?;
         request.get().is_to_run(py, Coroutine::of(app.call1((scope, receive, send))?)?);
         Ok(request.into_any())
     }
@@ -93,6 +103,26 @@ impl Gate {
             Err(_) => Ok(()),
         }
     }
+}
+
+/// The names of what an ASGI application is called with.
+const ARGUMENTS: [&str; 3] = ["scope", "receive", "send"];
+
+/// What was given by name in its place.
+#[cold]
+fn in_order<'py>(arguments: &Bound<'py, PyTuple>, named: Option<&Bound<'py, PyDict>>) -> PyResult<Bound<'py, PyTuple>> {
+    let py = arguments.py();
+    let mut all: Vec<_> = arguments.iter().collect();
+    let mut left = named.map_or(0, |named| named.len());
+    for name in ARGUMENTS.iter().skip(all.len()) {
+        let value = named.and_then(|named| named.get_item(name).transpose()).transpose()?;
+        all.push(value.ok_or_else(|| PyTypeError::new_err(format!("the argument {name} is missing")))?);
+        left -= 1;
+    }
+    if all.len() > ARGUMENTS.len() || left > 0 {
+        return Err(PyTypeError::new_err("an ASGI application is called with scope, receive and send, each once"));
+    }
+    PyTuple::new(py, all)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

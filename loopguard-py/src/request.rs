@@ -31,8 +31,13 @@ thread_local! {
 
 /// The request whose code this thread runs.
 pub fn current(py: Python<'_>) -> Option<Bound<'_, Request>> {
-    // SAFETY: a live object of that type, see there.
-    CURRENT.get().map(|current| unsafe { Bound::from_borrowed_ptr(py, current.as_ptr()).cast_into_unchecked() })
+    CURRENT.with(|slot| in_slot(py, slot))
+}
+
+#[inline(always)]
+fn in_slot<'py>(py: Python<'py>, slot: &Cell<Option<NonNull<ffi::PyObject>>>) -> Option<Bound<'py, Request>> {
+    // SAFETY: a live object of that type, see `CURRENT`.
+    slot.get().map(|current| unsafe { Bound::from_borrowed_ptr(py, current.as_ptr()).cast_into_unchecked() })
 }
 
 /// The request that the calling code belongs to. None: it belongs to none, or its thread is not the event loop's.
@@ -43,13 +48,20 @@ pub fn current_request(py: Python<'_>) -> Option<Bound<'_, Request>> {
 
 /// What its probes say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Told {
+pub enum Told {
     /// All there is to say, because somebody listened when it began.
     Fully,
     /// Only its steps and its end: who comes later could not know more.
     Briefly,
     /// Nothing: it is no request but a test that is watched.
     Silent,
+}
+
+impl Told {
+    /// Of a request that begins now.
+    pub fn to_whom_it_may_concern() -> Self {
+        if probe::is_traced() { Self::Fully } else { Self::Briefly }
+    }
 }
 
 /// What counts as a block, and who wants to know: it is called with the request and the block's start and end.
@@ -67,10 +79,12 @@ pub struct Request {
     id: u64,
     told: Told,
     rule: Rule,
-    scope: Option<Py<PyDict>>,
-    /// The server's.
-    send: Option<Py<PyAny>>,
-    coroutine: OnceLock<Coroutine>,
+    /// What the server called us with: scope, receive and send.
+    arguments: Option<Py<PyTuple>>,
+    /// The application's, where it was there before the request.
+    coroutine: Option<Coroutine>,
+    /// Where it was made to send through the request.
+    later: OnceLock<Coroutine>,
     name: OnceLock<Option<Py<PyBytes>>>,
     status: AtomicU64,
     routed: AtomicBool,
@@ -82,20 +96,24 @@ pub struct Request {
 }
 
 impl Request {
-    pub fn new(scope: &Bound<'_, PyDict>, send: &Bound<'_, PyAny>, rule: Rule) -> Self {
-        let told = if probe::is_traced() { Told::Fully } else { Told::Briefly };
-        Self::made(told, rule, Some((scope.clone().unbind(), send.clone().unbind())))
+    /// `arguments`: scope, a dict; receive; send.
+    pub fn new(told: Told, arguments: Bound<'_, PyTuple>, rule: Rule) -> Self {
+        Self::made(told, rule, Some(arguments.unbind()), None)
     }
 
-    fn made(told: Told, rule: Rule, asgi: Option<(Py<PyDict>, Py<PyAny>)>) -> Self {
-        let (scope, send) = asgi.unzip();
+    /// One of which only its steps and its end are told: then nothing has to know it before its application does.
+    pub fn running(arguments: Bound<'_, PyTuple>, rule: Rule, application: Coroutine) -> Self {
+        Self::made(Told::Briefly, rule, Some(arguments.unbind()), Some(application))
+    }
+
+    fn made(told: Told, rule: Rule, arguments: Option<Py<PyTuple>>, coroutine: Option<Coroutine>) -> Self {
         Self {
             id: loopguard_emit::next_id(),
             told,
             rule,
-            scope,
-            send,
-            coroutine: OnceLock::new(),
+            arguments,
+            coroutine,
+            later: OnceLock::new(),
             name: OnceLock::new(),
             status: AtomicU64::new(loopguard_emit::NO_RESPONSE),
             routed: AtomicBool::new(false),
@@ -106,10 +124,6 @@ impl Request {
         }
     }
 
-    pub fn is_told_fully(&self) -> bool {
-        self.told == Told::Fully
-    }
-
     /// What it is called, where that is not what its headers say.
     pub fn call_it(&self, name: Bound<'_, PyBytes>) {
         // Names are given once.
@@ -118,14 +132,14 @@ impl Request {
 
     /// What it does when it is awaited.
     pub fn is_to_run(&self, py: Python<'_>, application: Coroutine) {
-        let _ = self.coroutine.set(application);
+        let _ = self.later.set(application);
         if self.told == Told::Fully {
             self.tell_start(py);
         }
     }
 
     fn tell_start(&self, py: Python<'_>) {
-        let Some(scope) = self.scope.as_ref().map(|scope| scope.bind(py)) else { return };
+        let Some(scope) = &self.scope_in(py) else { return };
         let (method, path) = (item(scope, intern!(py, "method")), item(scope, intern!(py, "path")));
         let (method, path) = (method.as_ref().and_then(text), path.as_ref().and_then(text));
         let kind = item(scope, intern!(py, "type"));
@@ -136,6 +150,14 @@ impl Request {
         probe::start(self.id, method, path.as_deref().unwrap_or_default(), name);
     }
 
+    fn scope_in<'a, 'py: 'a>(&'a self, py: Python<'py>) -> Option<Borrowed<'a, 'py, PyDict>> {
+        self.arguments.as_ref()?.bind(py).get_borrowed_item(0).ok()?.cast().ok()
+    }
+
+    fn application(&self) -> Option<&Coroutine> {
+        self.coroutine.as_ref().or_else(|| self.later.get())
+    }
+
     pub fn is_over(&self) -> bool {
         self.ended.load(Relaxed)
     }
@@ -143,15 +165,25 @@ impl Request {
     /// Whether it is the one of these headers: copies of a scope share them.
     pub fn has(&self, headers: &Bound<'_, PyAny>) -> bool {
         let py = headers.py();
-        let own = self.scope.as_ref().and_then(|scope| item(scope.bind(py), intern!(py, "headers")));
+        let own = self.scope_in(py).and_then(|scope| item(&scope, intern!(py, "headers")));
         own.is_some_and(|own| own.is(headers))
     }
 
     /// Runs some code of this request. Inside another step of the same request this is a part of that; inside one of
     /// another request, that one is interrupted. A test that is watched is not: it waits for what it calls.
     pub fn run<T>(slf: &Bound<'_, Self>, code: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
+        CURRENT.with(|slot| Self::run_as(slf, slot, code))
+    }
+
+    /// The thread's current request is found once: in a library that costs a call each time.
+    #[inline(always)]
+    fn run_as<T>(
+        slf: &Bound<'_, Self>,
+        slot: &Cell<Option<NonNull<ffi::PyObject>>>,
+        code: impl FnOnce() -> PyResult<T>,
+    ) -> PyResult<T> {
         let request = slf.get();
-        let outer = current(slf.py());
+        let outer = in_slot(slf.py(), slot);
         if request.is_over() || outer.as_ref().is_some_and(|outer| outer.is(slf)) {
             return code();
         }
@@ -161,9 +193,9 @@ impl Request {
             Self::exit(outer, since);
         }
         request.enter(since);
-        let below = CURRENT.replace(NonNull::new(slf.as_ptr()));
+        let below = slot.replace(NonNull::new(slf.as_ptr()));
         let result = code();
-        CURRENT.set(below);
+        slot.set(below);
         let until = now_ns();
         Self::exit(slf, until);
         if let Some(outer) = &outer {
@@ -219,14 +251,14 @@ impl Request {
     }
 
     fn template<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyString>> {
-        let route = item(self.scope.as_ref()?.bind(py), intern!(py, "route"))?;
+        let route = item(&*self.scope_in(py)?, intern!(py, "route"))?;
         route.getattr(intern!(py, "path")).ok()?.cast_into().ok()
     }
 
     /// One of the application's own steps: after the last, the request is over.
     fn drive<T>(slf: &Bound<'_, Self>, code: impl FnOnce(&Coroutine) -> PyResult<T>) -> PyResult<T> {
         let (py, request) = (slf.py(), slf.get());
-        let coroutine = request.coroutine.get().ok_or_else(|| PyRuntimeError::new_err("there is nothing to run"))?;
+        let coroutine = request.application().ok_or_else(|| PyRuntimeError::new_err("there is nothing to run"))?;
         let result = Self::run(slf, || code(coroutine));
         if let Err(error) = &result {
             request.note_error(py, error);
@@ -278,7 +310,7 @@ impl Request {
     }
 
     fn attribute<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
-        match self.coroutine.get() {
+        match self.application() {
             Some(coroutine) => coroutine.attribute(py, name),
             None => Ok(py.None().into_bound(py)),
         }
@@ -289,10 +321,9 @@ impl Request {
 impl Request {
     /// No request but something else that is run and watched: it fires no probes.
     #[staticmethod]
-    fn watch(py: Python<'_>, awaitable: Bound<'_, PyAny>, threshold_ns: u64, on_block: Py<PyAny>) -> PyResult<Self> {
-        let watched = Self::made(Told::Silent, Rule { threshold_ns, on_block: Some(on_block) }, None);
-        watched.is_to_run(py, Coroutine::of(awaitable)?);
-        Ok(watched)
+    fn watch(awaitable: Bound<'_, PyAny>, threshold_ns: u64, on_block: Py<PyAny>) -> PyResult<Self> {
+        let rule = Rule { threshold_ns, on_block: Some(on_block) };
+        Ok(Self::made(Told::Silent, rule, None, Some(Coroutine::of(awaitable)?)))
     }
 
     fn __await__(slf: Py<Self>) -> Py<Self> {
@@ -355,8 +386,8 @@ impl Request {
         if self.status.load(Relaxed) == loopguard_emit::NO_RESPONSE {
             self.note_status(&message);
         }
-        let send = self.send.as_ref().ok_or_else(|| PyRuntimeError::new_err("nobody to send it to"))?;
-        send.bind(py).call1((message,))
+        let arguments = self.arguments.as_ref().ok_or_else(|| PyRuntimeError::new_err("nobody to send it to"))?;
+        arguments.bind(py).get_borrowed_item(2)?.call1((message,))
     }
 
     #[getter]
@@ -365,15 +396,15 @@ impl Request {
     }
 
     #[getter]
-    fn scope<'py>(&self, py: Python<'py>) -> Option<&Bound<'py, PyDict>> {
-        self.scope.as_ref().map(|scope| scope.bind(py))
+    fn scope<'a, 'py: 'a>(&'a self, py: Python<'py>) -> Option<Borrowed<'a, 'py, PyDict>> {
+        self.scope_in(py)
     }
 
     /// What its client or a proxy calls it, or else what the response's `x-request-id` will call it.
     #[getter]
     fn name<'py>(&self, py: Python<'py>) -> Option<&Bound<'py, PyBytes>> {
         let name = self.name.get_or_init(|| {
-            let headers = item(self.scope.as_ref()?.bind(py), intern!(py, "headers"))?;
+            let headers = item(&*self.scope_in(py)?, intern!(py, "headers"))?;
             let names = Names::find(&headers);
             names.request_id.or(names.traceparent).map(Bound::unbind)
         });
@@ -399,17 +430,16 @@ impl Request {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.scope)?;
-        visit.call(&self.send)?;
+        visit.call(&self.arguments)?;
         visit.call(&self.rule.on_block)?;
-        visit.call(self.coroutine.get().map(Coroutine::object))
+        visit.call(self.application().map(Coroutine::object))
     }
 }
 
 impl Drop for Request {
     /// Nobody waited for its end.
     fn drop(&mut self) {
-        if self.coroutine.get().is_some() {
+        if self.application().is_some() {
             self.finish();
         }
     }

@@ -211,3 +211,31 @@ def test_wrong_options() -> None:
     for wrong in options:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             LoopguardMiddleware(app, **wrong)
+
+
+@pytest.mark.parametrize("by_name", [(), ("send",), ("receive", "send"), ("scope", "receive", "send")])
+def test_it_is_called_by_name_too(by_name: tuple[str, ...]) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    async def app(*arguments: Any) -> None:
+        calls.append(arguments)
+
+    given: dict[str, Any] = {"scope": http(), "receive": object(), "send": object()}
+    in_place = [value for name, value in given.items() if name not in by_name]
+
+    async def call() -> None:
+        await LoopguardMiddleware(app)(*in_place, **{name: given[name] for name in by_name})
+
+    asyncio.run(call())
+    assert calls == [tuple(given.values())]
+
+
+@pytest.mark.parametrize(
+    ("in_place", "by_name"), [(2, {}), (4, {}), (3, {"send": 1}), (2, {"receive": 1}), (2, {"send": 1, "more": 2})]
+)
+def test_it_is_called_with_three_things(in_place: int, by_name: dict[str, int]) -> None:
+    async def app(*arguments: Any) -> None:
+        pytest.fail("nobody may call it")
+
+    with pytest.raises(TypeError):
+        LoopguardMiddleware(app)(*[http(), 1, 2, 3][:in_place], **by_name)  # type: ignore[arg-type]
