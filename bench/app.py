@@ -3,7 +3,8 @@
 Environment: BENCH_TRUTH is the file of ground truth (unset: a plain app, for measuring overhead); BENCH_SLOW_PORT the
 port of `slow_server.py`; BENCH_FOLDER where files are written and synced; BENCH_IN_PROCESS=1 adds fastapi-loopguard's
 middleware, with BENCH_REPORTS as the file of what it reports (see `in_process.py`); BENCH_MIDDLEWARE=1 adds that of
-`loopguard-emit`; BENCH_DEBUG is the file of what asyncio's debug mode reports (see `debug_mode.py`).
+`loopguard-emit`; BENCH_DEBUG is the file of what asyncio's debug mode reports (see `debug_mode.py`); BENCH_TURNS
+that of what middleware costs (see `turns.py`).
 """
 
 import asyncio
@@ -270,3 +271,7 @@ if os.environ.get("BENCH_MIDDLEWARE") == "1":
     api.add_middleware(LoopguardMiddleware)
 
 app: Application | FastAPI = Recording(api, TRUTH) if TRUTH else api
+if "BENCH_TURNS" in os.environ:
+    import turns
+
+    app = turns.Turns(api, os.environ["BENCH_TURNS"])

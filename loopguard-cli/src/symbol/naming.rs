@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{NamedStack, RawStack, Stacks, object::Object, unwind::End};
+use super::{NamedStack, RawStack, Stacks, footprint, object::Object, unwind::End};
 use crate::core::{
     event::{Capture, Event, Stack, Tid},
     status::StackCounts,
@@ -35,6 +35,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often it is seen to whether what was read of symbol files can be let go of, while there is something.
 const TRIM_EVERY: Duration = Duration::from_millis(100);
+/// Between the stacks the allocator keeps what they took, page by page: how often that is given back while there are any.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(10);
 const FOREVER: Duration = Duration::from_secs(3600);
 
 const QUEUE_FULL: &str = "too many stacks waited to be named";
@@ -277,19 +279,30 @@ fn mark(capture: &mut Capture, why: &'static str) {
 
 fn run(to_do: &Receiver<Work>, report: &Sender<Done>) {
     let mut stacks = Stacks::default();
-    let mut trimmed = Instant::now();
-    let mut is_trimmed = true;
+    let (mut looked, mut gave_back) = (Instant::now(), Instant::now());
+    // Whether symbol files may be open, and whether memory was used since some was given back.
+    let (mut reads, mut used) = (false, false);
     loop {
-        if !is_trimmed && trimmed.elapsed() >= TRIM_EVERY {
-            is_trimmed = stacks.let_go();
-            trimmed = Instant::now();
+        if reads && looked.elapsed() >= TRIM_EVERY {
+            reads = !stacks.let_go();
+            looked = Instant::now();
         }
-        let work = match to_do.recv_timeout(if is_trimmed { FOREVER } else { TRIM_EVERY }) {
+        if used && !reads && gave_back.elapsed() >= GIVE_BACK_EVERY {
+            footprint::give_back();
+            gave_back = Instant::now();
+            used = false;
+        }
+        let wait = match (reads, used) {
+            (true, _) => TRIM_EVERY,
+            (false, true) => GIVE_BACK_EVERY,
+            (false, false) => FOREVER,
+        };
+        let work = match to_do.recv_timeout(wait) {
             Ok(work) => work,
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        is_trimmed = false;
+        (reads, used) = (true, true);
         match work {
             Work::Prepare(pid) => {
                 let _ = guarded(&mut stacks, |stacks| stacks.prepare(pid));

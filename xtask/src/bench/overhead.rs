@@ -18,6 +18,8 @@ use crate::step::say;
 /// How long each state of the loop is measured.
 const STATE: Duration = Duration::from_secs(6);
 const ROUND_SECONDS: u32 = 3;
+/// How long applications in one process take turns.
+const TURNS_SECONDS: u32 = 60;
 /// A round counts if others had less of the CPUs than this, of one CPU.
 const FOREIGN: f64 = 0.05;
 
@@ -34,7 +36,27 @@ pub fn run(rig: &Rig, pairs: u32) -> Result<Value> {
         say("wrk is not installed: requests per second are not measured");
         json!({ "skipped": "wrk is not installed" })
     };
-    Ok(json!({ "loop": steps, "requests": requests }))
+    let turns = if on_path("wrk") { in_turns(rig)? } else { Value::Null };
+    Ok(json!({ "loop": steps, "requests": requests, "turns": turns }))
+}
+
+/// What a request costs more inside a middleware, as `turns.py` measures it.
+fn in_turns(rig: &Rig) -> Result<Value> {
+    say(&format!("hello world inside and outside middleware, taking turns for {TURNS_SECONDS} s"));
+    rig.install_package()?;
+    let file = rig.folder.join("turns.jsonl");
+    let server = rig.serve(&rig.python(), "uvloop", &[("BENCH_TURNS", &file)])?;
+    wrk(&server, TURNS_SECONDS)?;
+    let text = fs::read_to_string(&file)?;
+    let told: Value = serde_json::from_str(text.lines().last().context("nothing was measured")?)?;
+    let fields = ["throughput_ratio", "between_ratio", "added_cpu_us", "between_us"];
+    let measured = told.as_object().into_iter().flatten().filter(|(_, value)| value.is_object());
+    let rows: Vec<Vec<String>> = measured
+        .map(|(name, value)| [name.clone()].into_iter().chain(fields.map(|field| value[field].to_string())).collect())
+        .collect();
+    table(&["in one process, against bare", "throughput", "95 %", "CPU us/request added", "95 %"], &rows);
+    say(&format!("{} us bare, {} rounds", told["bare_cpu_us"], told["rounds"]));
+    Ok(told)
 }
 
 pub(super) fn on_path(program: &str) -> bool {
