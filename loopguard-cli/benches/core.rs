@@ -83,8 +83,15 @@ struct Story {
 impl Story {
     fn new() -> Self {
         let frame = |function: String, origin| {
-            let file = Some("/srv/shop/store.py".to_owned());
-            Arc::new(Frame { kind: FrameKind::Python, origin, function, file, line: Some(41), module: None })
+            let file = Some("/srv/shop/store.py".into());
+            Arc::new(Frame {
+                kind: FrameKind::Python,
+                origin,
+                function: function.into(),
+                file,
+                line: Some(41),
+                module: None,
+            })
         };
         let stack = |number: usize| {
             let own = std::iter::once(frame(format!("Store.load_{number}"), Origin::User));

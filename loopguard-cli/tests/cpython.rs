@@ -138,20 +138,20 @@ fn walk(interpreter: &Interpreter, thread: &PyThreadInfo, scratch: &mut Scratch,
 
 fn check_stack(name: &str, stack: &Stack, expected: &Expected) {
     let got: Vec<(&str, u32)> =
-        stack.frames.iter().map(|frame| (frame.function.as_str(), frame.line.unwrap_or(0))).collect();
+        stack.frames.iter().map(|frame| (frame.function.as_ref(), frame.line.unwrap_or(0))).collect();
     assert_eq!(got[..expected.frames.len().min(got.len())], expected.frames, "{name}: {got:?}");
     let (task, runner) = stack.frames.split_at(expected.frames.len());
     for frame in task {
-        let file = if frame.function == "generated" { "<string>" } else { FILE };
+        let file = if &*frame.function == "generated" { "<string>" } else { FILE };
         assert_eq!((frame.file.as_deref(), frame.origin), (Some(file), Origin::User), "{name}: {frame:?}");
     }
-    assert_eq!(runner[0].function, "Handle._run", "{name}: {got:?}");
+    assert_eq!(&*runner[0].function, "Handle._run", "{name}: {got:?}");
     assert_eq!(runner[0].origin, Origin::Runtime, "{name}: {:?}", runner[0]);
     assert!(runner[0].file.as_deref().is_some_and(|file| file.ends_with("/asyncio/events.py")), "{name}");
     let program: Vec<_> = runner.iter().filter(|frame| frame.file.as_deref() == Some(FILE)).collect();
     assert_eq!(program.len(), 1, "{name}: {got:?}");
     assert_eq!(
-        (program[0].function.as_str(), program[0].line),
+        (program[0].function.as_ref(), program[0].line),
         ("<module>", Some(line("asyncio.run(serve"))),
         "{name}"
     );
@@ -375,7 +375,7 @@ fn a_stale_frame_is_unknown() {
         let mut elsewhere = capture.frames[0];
         elsewhere.instr = elsewhere.code.wrapping_sub(64);
         let stack = inspector.stack(&[stale, gone, capture.frames[0], stale, elsewhere], WalkStatus::Unreadable);
-        let got: Vec<_> = stack.frames.iter().map(|frame| (frame.function.as_str(), frame.line)).collect();
+        let got: Vec<_> = stack.frames.iter().map(|frame| (frame.function.as_ref(), frame.line)).collect();
         let known = (expected.frames[0].0, Some(expected.frames[0].1));
         let unknown = ("<unknown>", None);
         assert_eq!(got, [unknown, unknown, known, unknown, (known.0, None)]);

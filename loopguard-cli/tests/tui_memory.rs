@@ -68,8 +68,8 @@ fn block(number: u64, at_ns: u64) -> Incident {
         Arc::new(Frame {
             kind: FrameKind::Python,
             origin: if depth % 7 == 3 { Origin::User } else { Origin::Library },
-            function: format!("function_{depth}_{}", number % 5000),
-            file: Some(format!("/srv/app/module_{depth}.py")),
+            function: format!("function_{depth}_{}", number % 5000).into(),
+            file: Some(format!("/srv/app/module_{depth}.py").into()),
             line: Some((number % 100_000) as u32),
             module: None,
         })

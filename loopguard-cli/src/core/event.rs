@@ -211,11 +211,11 @@ pub struct Frame {
     pub kind: FrameKind,
     pub origin: Origin,
     /// Qualified name.
-    pub function: String,
-    pub file: Option<String>,
+    pub function: Arc<str>,
+    pub file: Option<Arc<str>>,
     pub line: Option<u32>,
     /// The executable or library, for native frames.
-    pub module: Option<String>,
+    pub module: Option<Arc<str>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]

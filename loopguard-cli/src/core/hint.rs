@@ -278,10 +278,10 @@ mod tests {
         Arc::new(Frame {
             kind: if is_native { FrameKind::Native } else { FrameKind::Python },
             origin,
-            function: function.to_owned(),
-            file: (!is_native).then(|| file.to_owned()),
+            function: function.into(),
+            file: (!is_native).then(|| file.into()),
             line: None,
-            module: is_native.then(|| file.to_owned()),
+            module: is_native.then(|| file.into()),
         })
     }
 

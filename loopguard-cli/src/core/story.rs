@@ -43,8 +43,8 @@ pub fn stack(text: &str) -> Arc<Stack> {
         Arc::new(Frame {
             kind: FrameKind::Python,
             origin: if is_library { Origin::Library } else { Origin::User },
-            function: function.to_owned(),
-            file: Some(if is_library { "/lib/site-packages/lib.py" } else { "/srv/app.py" }.to_owned()),
+            function: function.into(),
+            file: Some(if is_library { "/lib/site-packages/lib.py" } else { "/srv/app.py" }.into()),
             line: Some(function.len() as u32),
             module: None,
         })

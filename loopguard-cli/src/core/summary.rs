@@ -274,10 +274,10 @@ pub fn route_label(owner: &Owner) -> RouteLabel {
 pub fn line_label(blame: &Blame) -> LineLabel {
     match blame.user_line() {
         Some(at) => LineLabel::Line {
-            file: at.frame.file.clone(),
+            file: at.frame.file.as_deref().map(str::to_owned),
             line: at.frame.line,
-            function: at.frame.function.clone(),
-            called: at.called.map(|called| called.function.clone()),
+            function: at.frame.function.to_string(),
+            called: at.called.map(|called| called.function.to_string()),
         },
         None => LineLabel::NoUserCode,
     }

@@ -99,8 +99,8 @@ pub fn ended_request() -> EndedRequest {
 pub fn hostile_block() -> Incident {
     let path = format!("/\x1b]0;owned\x07\r\n{{\"type\":\"block\"}}\u{202e}txt.exe\u{9b}31m{}", "x".repeat(1000));
     let frame = Frame {
-        function: "f\nuser code".to_owned(),
-        file: Some("/srv/shop/\u{2066}evil\u{2069}.py\t".to_owned()),
+        function: "f\nuser code".into(),
+        file: Some("/srv/shop/\u{2066}evil\u{2069}.py\t".into()),
         ..(*frame(Origin::User, "", "", 3)).clone()
     };
     let mut block = block();
@@ -186,8 +186,8 @@ fn frame(origin: Origin, function: &str, file: &str, line: u32) -> Arc<Frame> {
     Arc::new(Frame {
         kind: FrameKind::Python,
         origin,
-        function: function.to_owned(),
-        file: Some(file.to_owned()),
+        function: function.into(),
+        file: Some(file.into()),
         line: Some(line),
         module: None,
     })
@@ -197,9 +197,9 @@ fn native(function: &str, module: &str) -> Arc<Frame> {
     Arc::new(Frame {
         kind: FrameKind::Native,
         origin: Origin::Runtime,
-        function: function.to_owned(),
+        function: function.into(),
         file: None,
         line: None,
-        module: Some(module.to_owned()),
+        module: Some(module.into()),
     })
 }

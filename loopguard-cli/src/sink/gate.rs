@@ -101,7 +101,7 @@ impl AllowedLine {
         is_file
             && match &self.place {
                 Place::Line(line) => frame.line == Some(*line),
-                Place::Function(function) => frame.function == *function,
+                Place::Function(function) => *frame.function == **function,
             }
     }
 }
@@ -298,7 +298,7 @@ fn place(frame: &Frame) -> String {
     match (frame.file.as_deref().or(frame.module.as_deref()), frame.line) {
         (Some(file), Some(line)) => format!("{file}:{line} {}", frame.function),
         (Some(file), None) => format!("{file} {}", frame.function),
-        (None, _) => frame.function.clone(),
+        (None, _) => frame.function.to_string(),
     }
 }
 

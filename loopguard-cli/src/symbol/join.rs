@@ -87,7 +87,7 @@ mod tests {
 
     fn frame(name: &str) -> Arc<Frame> {
         let kind = if name.ends_with(".py") { FrameKind::Python } else { FrameKind::Native };
-        let function = name.to_owned();
+        let function = name.into();
         Arc::new(Frame { kind, origin: Origin::Runtime, function, file: None, line: None, module: None })
     }
 
@@ -116,7 +116,7 @@ mod tests {
 
     fn check(calls: &str, runs: &[&str], ends: Ends, expected: &str) {
         let stack = join(&native(calls), &python(runs), ends);
-        let names: Vec<&str> = stack.frames.iter().map(|frame| frame.function.as_str()).collect();
+        let names: Vec<&str> = stack.frames.iter().map(|frame| frame.function.as_ref()).collect();
         assert_eq!(names.join(" "), expected);
         assert_eq!(stack.incomplete, ends.native.or(ends.python));
     }

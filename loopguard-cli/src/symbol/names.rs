@@ -24,7 +24,7 @@ use crate::core::event::{Frame, FrameKind, Origin};
 use crate::runtime::target_file;
 
 /// Places that are remembered at least. A server runs through some hundreds again and again, and through others once.
-const PLACES: usize = 2048;
+const PLACES: usize = 512;
 const MAX_NAME: usize = 512;
 const MAX_PATH: usize = 1024;
 /// Inlined functions at one place.
@@ -50,6 +50,8 @@ pub struct Names {
     known: Recent<(u32, u64), Named>,
     /// A line has many places, and a function that is inlined everywhere even more.
     frames: Shared<Frame>,
+    /// A function has many lines, and a file many functions.
+    texts: Shared<str>,
     sources: HashMap<u32, Sources>,
     /// Files in which a name was not found, once each.
     nameless: HashMap<u32, Arc<Object>>,
@@ -62,6 +64,7 @@ impl Default for Names {
             readers: HashMap::new(),
             known: Recent::of(PLACES),
             frames: Shared::default(),
+            texts: Shared::default(),
             sources: HashMap::new(),
             nameless: HashMap::new(),
             new_nameless: Vec::new(),
@@ -108,7 +111,7 @@ impl Names {
         let found = reader.symbolizer.symbolize_single(&sources.debug_information, at);
         let Ok(Symbolized::Sym(symbol)) = found else {
             let function = format!("{}+{:#x}", object.name(), place.address);
-            let frame = frame(&module, Name::Offset(function), None);
+            let frame = frame(&mut self.texts, &module, Name::Offset(function), None);
             return Named { frames: [Arc::new(frame)].into(), is_unnamed: true, is_eval: false };
         };
         let is_eval = symbol.name == EVAL || symbol.name.strip_prefix(EVAL).is_some_and(|rest| rest.starts_with('.'));
@@ -122,10 +125,10 @@ impl Names {
             name = same.name.into_owned();
         }
         // Outermost first: the location of each is where it stands in that function.
-        let outer = frame(&module, Name::Function(name), symbol.code_info.as_deref());
-        let inlined = symbol.inlined.iter().take(MAX_INLINED);
-        let inlined =
-            inlined.map(|inner| frame(&module, Name::Function(inner.name.to_string()), inner.code_info.as_ref()));
+        let outer = frame(&mut self.texts, &module, Name::Function(name), symbol.code_info.as_deref());
+        let inlined = symbol.inlined.iter().take(MAX_INLINED).map(|inner| {
+            frame(&mut self.texts, &module, Name::Function(inner.name.to_string()), inner.code_info.as_ref())
+        });
         let mut frames: Vec<_> = std::iter::once(outer).chain(inlined).map(|frame| self.frames.one(frame)).collect();
         frames.reverse();
         Named { frames: frames.into(), is_unnamed: false, is_eval }
@@ -221,7 +224,7 @@ enum Name {
     Offset(String),
 }
 
-fn frame(module: &Module, name: Name, at: Option<&CodeInfo>) -> Frame {
+fn frame(texts: &mut Shared<str>, module: &Module, name: Name, at: Option<&CodeInfo>) -> Frame {
     let file = at.map(file);
     let (function, known) = match name {
         Name::Function(name) => (name, true),
@@ -231,10 +234,10 @@ fn frame(module: &Module, name: Name, at: Option<&CodeInfo>) -> Frame {
     Frame {
         kind: FrameKind::Native,
         origin,
-        function: bounded(function, MAX_NAME),
-        file: file.map(|file| bounded(file, MAX_PATH)),
+        function: texts.one(bounded(function, MAX_NAME)),
+        file: file.map(|file| texts.one(bounded(file, MAX_PATH))),
         line: at.and_then(|at| at.line),
-        module: Some(module.path.to_owned()),
+        module: Some(texts.one(module.path)),
     }
 }
 
@@ -250,8 +253,6 @@ fn bounded(mut text: String, limit: usize) -> String {
         text.truncate(end);
         text.push('…');
     }
-    // Kept for long, and there are thousands.
-    text.shrink_to_fit();
     text
 }
 
@@ -260,7 +261,7 @@ pub fn unplaced(address: u64) -> Named {
     let frame = Frame {
         kind: FrameKind::Native,
         origin: Origin::Library,
-        function: format!("{address:#x}"),
+        function: format!("{address:#x}").into(),
         file: None,
         line: None,
         module: None,

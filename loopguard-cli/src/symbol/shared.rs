@@ -1,35 +1,35 @@
 //! Values of which many are alike: one of each is kept.
 
-use std::{collections::HashSet, hash::Hash, sync::Arc};
+use std::{borrow::Borrow, collections::HashSet, hash::Hash, sync::Arc};
 
 /// Below so many it is not worth looking for those that nobody has any more.
 const FEW: usize = 1024;
 
 /// The values that somebody has, each once; and some that nobody has any more.
 #[derive(Debug)]
-pub struct Shared<T> {
+pub struct Shared<T: ?Sized> {
     known: HashSet<Arc<T>>,
     /// How many there are when those that nobody has are forgotten.
     full: usize,
 }
 
-impl<T> Default for Shared<T> {
+impl<T: ?Sized> Default for Shared<T> {
     fn default() -> Self {
         Self { known: HashSet::new(), full: FEW }
     }
 }
 
-impl<T: Eq + Hash> Shared<T> {
+impl<T: Eq + Hash + ?Sized> Shared<T> {
     /// The one that is like `value`.
-    pub fn one(&mut self, value: T) -> Arc<T> {
-        if let Some(known) = self.known.get(&value) {
+    pub fn one(&mut self, value: impl Borrow<T> + Into<Arc<T>>) -> Arc<T> {
+        if let Some(known) = self.known.get(value.borrow()) {
             return Arc::clone(known);
         }
         if self.known.len() >= self.full {
             self.known.retain(|known| Arc::strong_count(known) > 1);
             self.full = FEW.max(self.known.len() * 2);
         }
-        let value = Arc::new(value);
+        let value = value.into();
         self.known.insert(Arc::clone(&value));
         value
     }

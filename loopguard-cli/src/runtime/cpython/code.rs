@@ -59,7 +59,7 @@ impl Default for Codes {
         let unknown = Frame {
             kind: FrameKind::Python,
             origin: Origin::Runtime,
-            function: "<unknown>".to_owned(),
+            function: "<unknown>".into(),
             file: None,
             line: None,
             module: None,
@@ -94,8 +94,8 @@ impl Codes {
             Arc::new(Frame {
                 kind: FrameKind::Python,
                 origin: code.origin,
-                function: code.function.to_string(),
-                file: Some(code.file.to_string()),
+                function: code.function.clone(),
+                file: Some(code.file.clone()),
                 line,
                 module: None,
             })

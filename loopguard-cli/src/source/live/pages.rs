@@ -140,9 +140,9 @@ fn system_call(name: &str) -> Arc<Frame> {
     Arc::new(Frame {
         kind: FrameKind::Native,
         origin: Origin::Kernel,
-        function: name.to_owned(),
+        function: name.into(),
         file: None,
         line: None,
-        module: Some("[kernel]".to_owned()),
+        module: Some("[kernel]".into()),
     })
 }

@@ -188,7 +188,7 @@ fn waits(waits: &[WaitTotal], pen: &Pen) -> Vec<Vec<Piece>> {
 fn source(dashboard: &Dashboard, block: &Seen, pen: &Pen) -> Vec<Vec<Piece>> {
     let Some(at) = block.user_line() else { return Vec::new() };
     let (Some(file), Some(line)) = (&at.frame.file, at.frame.line) else { return Vec::new() };
-    let wanted = SourceAt { pid: block.on().pid, file: file.clone(), line };
+    let wanted = SourceAt { pid: block.on().pid, file: file.to_string(), line };
     let title = words::frame(at.frame, pen.look);
     let mut shown = vec![heading(&title, pen)];
     match dashboard.source(&wanted) {
@@ -280,10 +280,10 @@ mod tests {
             let frame = Frame {
                 kind: FrameKind::Python,
                 origin: Origin::Library,
-                function: String::new(),
-                file: file.map(str::to_owned),
+                function: "".into(),
+                file: file.map(Into::into),
                 line: None,
-                module: Some("libc.so.6".to_owned()),
+                module: Some("libc.so.6".into()),
             };
             package(&frame).map(str::to_owned)
         };

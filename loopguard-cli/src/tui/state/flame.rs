@@ -121,7 +121,7 @@ pub static FOLDED: LazyLock<Arc<Frame>> = LazyLock::new(|| {
     Arc::new(Frame {
         kind: FrameKind::Python,
         origin: Origin::Library,
-        function: "...".to_owned(),
+        function: "...".into(),
         file: None,
         line: None,
         module: None,
@@ -186,14 +186,14 @@ mod tests {
         let through: Vec<bool> = blocks().iter().map(|block| runs_through(block, &path)).collect();
         assert_eq!(through, [false, true, true]);
         let smaller = Flame::of(blocks()[..1].iter());
-        assert_eq!(smaller.node(smaller.find(&path)).unwrap().frame.as_ref().unwrap().function, "run.loop");
+        assert_eq!(smaller.node(smaller.find(&path)).unwrap().frame.as_ref().unwrap().function.as_ref(), "run.loop");
     }
 
     #[test]
     fn many_library_frames_are_folded() {
         let mut block = block("GET /", 10);
         block.blame.stack = stack("recv < l.d < l.c < l.b < l.a < load < order < f.e < f.d < f.c < f.b < f.a");
-        let names: Vec<String> = folded(&block.blame.stack).iter().map(|frame| frame.function.clone()).collect();
+        let names: Vec<_> = folded(&block.blame.stack).iter().map(|frame| frame.function.to_string()).collect();
         assert_eq!(names, ["f.a", "...", "f.e", "order", "load", "l.a", "...", "l.d", "recv"]);
         let path = folded(&block.blame.stack);
         assert!(runs_through(&Seen::Single(block), &path));

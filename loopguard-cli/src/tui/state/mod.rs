@@ -136,7 +136,7 @@ impl Dashboard {
         let at = block.user_line()?;
         let wanted = SourceAt {
             pid: block.on().pid,
-            file: at.frame.file.clone()?,
+            file: at.frame.file.as_deref()?.to_owned(),
             line: at.frame.line.filter(|line| *line > 0)?,
         };
         self.source(&wanted).is_none().then_some(wanted)

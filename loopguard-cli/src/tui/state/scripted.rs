@@ -102,8 +102,8 @@ pub fn stack(text: &str) -> Arc<Stack> {
         Arc::new(Frame {
             kind: FrameKind::Python,
             origin: if is_library { Origin::Library } else { Origin::User },
-            function: name.to_owned(),
-            file: Some(if is_library { library } else { "/srv/shop/app.py".to_owned() }),
+            function: name.into(),
+            file: Some(if is_library { library.into() } else { "/srv/shop/app.py".into() }),
             line: Some(40 + name.len() as u32),
             module: None,
         })
@@ -252,10 +252,10 @@ pub fn hostile() -> Dashboard {
         let frame = Frame {
             kind: FrameKind::Python,
             origin: Origin::User,
-            function: name.clone(),
-            file: Some(format!("/srv/{name}.py")),
+            function: name.as_str().into(),
+            file: Some(format!("/srv/{name}.py").into()),
             line: Some(7),
-            module: Some(name.clone()),
+            module: Some(name.as_str().into()),
         };
         let library = Frame { origin: Origin::Library, ..frame.clone() };
         let frames = vec![Arc::new(library), Arc::new(frame)];
