@@ -94,7 +94,9 @@ impl Guest {
     pub fn boot(&self, image: &Path, name: &str) -> Result<String> {
         let console = self.consoles.join(format!("console-{name}.log"));
         let mut qemu = Command::new(QEMU);
-        qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-nodefaults", "-no-reboot"])
+        // One after the other: emulated side by side, one processor may still run what another has patched in the kernel's
+        // code, as every tracepoint does that comes or goes, and die of it.
+        qemu.args(["-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-nodefaults", "-no-reboot"])
             .args(["-m", &MEMORY_MIB.to_string(), "-display", "none", "-serial", "stdio"])
             .arg("-kernel")
             .arg(image)
