@@ -9,6 +9,7 @@ line with all of them, and between which values the median is with 95 % confiden
 import asyncio
 import json
 import math
+import random
 import statistics
 import time
 from pathlib import Path
@@ -64,8 +65,11 @@ class Turns:
             "middleware": hello(LoopguardMiddleware),
         }
         self._names = list(self._apps)
-        self._app = self._apps[BARE]
-        self._turn = 0
+        # Whose turn it is, and who is still to come in this round: in another order each time, for what ran before
+        # leaves its traces.
+        self._name = BARE
+        self._left: list[str] = []
+        self._chance = random.Random(1)
         self._until = self._tells = 0.0
         self._requests = 0
         self._since_ns = 0
@@ -82,25 +86,23 @@ class Turns:
         if now >= self._until:
             self._next_turn(now)
         self._requests += 1
-        await self._app(scope, receive, send)
+        await self._apps[self._name](scope, receive, send)
 
     def _next_turn(self, now: float) -> None:
         loop = asyncio.get_running_loop()
-        name = self._names[self._turn % len(self._names)]
         if self._requests >= LEAST_REQUESTS:
-            self._round[name] = (time.process_time_ns() - self._since_ns) / self._requests / 1e3
-        self._factories[name] = loop.get_task_factory()
-        self._turn += 1
-        name = self._names[self._turn % len(self._names)]
-        if name == BARE:
+            self._round[self._name] = (time.process_time_ns() - self._since_ns) / self._requests / 1e3
+        self._factories[self._name] = loop.get_task_factory()
+        if not self._left:
             if len(self._round) == len(self._names):
                 self._rounds.append(self._round)
             self._round = {}
             if now >= self._tells:
                 self._tell()
                 self._tells = now + TELL_S
-        loop.set_task_factory(self._factories.get(name))
-        self._app = self._apps[name]
+            self._left = self._chance.sample(self._names, len(self._names))
+        self._name = self._left.pop()
+        loop.set_task_factory(self._factories.get(self._name))
         self._requests = 0
         self._until = time.monotonic() + TURN_S
         self._since_ns = time.process_time_ns()
