@@ -129,16 +129,22 @@ impl Stacks {
         NamedStack { stack, unnamed, calls, end: Some(end) }
     }
 
-    /// Gives memory back that is hardly needed any more. Returns whether there is nothing left of that kind.
+    /// Whether anything is remembered of what was read of symbol files.
+    fn is_reading(&self) -> bool {
+        self.names.is_reading()
+    }
+
+    /// Lets go of what was read of symbol files and is hardly needed any more. Returns whether that was the last of it.
     fn let_go(&mut self) -> bool {
-        if self.names.is_reading() {
-            self.names.let_go();
-            if !self.names.is_reading() {
-                footprint::trim();
-                footprint::give_back();
-            }
+        if !self.is_reading() {
+            return false;
         }
-        !self.names.is_reading()
+        self.names.let_go();
+        let was_last = !self.is_reading();
+        if was_last {
+            footprint::trim();
+        }
+        was_last
     }
 
     /// Files found to have no names since the last call.

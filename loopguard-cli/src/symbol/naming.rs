@@ -283,11 +283,13 @@ fn run(to_do: &Receiver<Work>, report: &Sender<Done>) {
     // Whether symbol files may be open, and whether memory was used since some was given back.
     let (mut reads, mut used) = (false, false);
     loop {
+        let mut has_closed = false;
         if reads && looked.elapsed() >= TRIM_EVERY {
-            reads = !stacks.let_go();
+            has_closed = stacks.let_go();
+            reads = stacks.is_reading();
             looked = Instant::now();
         }
-        if used && !reads && gave_back.elapsed() >= GIVE_BACK_EVERY {
+        if used && !reads && (has_closed || gave_back.elapsed() >= GIVE_BACK_EVERY) {
             footprint::give_back();
             gave_back = Instant::now();
             used = false;

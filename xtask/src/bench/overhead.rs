@@ -30,20 +30,19 @@ pub fn run(rig: &Rig, pairs: u32) -> Result<Value> {
         steps.insert(event_loop.to_owned(), ticks_and_steps(rig, event_loop)?);
     }
     print_steps(&steps);
-    let requests = if on_path("wrk") {
-        requests(rig, pairs)?
+    let (requests, turns) = if on_path("wrk") {
+        rig.install_package()?;
+        (requests(rig, pairs)?, in_turns(rig)?)
     } else {
         say("wrk is not installed: requests per second are not measured");
-        json!({ "skipped": "wrk is not installed" })
+        (json!({ "skipped": "wrk is not installed" }), Value::Null)
     };
-    let turns = if on_path("wrk") { in_turns(rig)? } else { Value::Null };
     Ok(json!({ "loop": steps, "requests": requests, "turns": turns }))
 }
 
 /// What a request costs more inside a middleware, as `turns.py` measures it.
 fn in_turns(rig: &Rig) -> Result<Value> {
     say(&format!("hello world inside and outside middleware, taking turns for {TURNS_SECONDS} s"));
-    rig.install_package()?;
     let file = rig.folder.join("turns.jsonl");
     let server = rig.serve(&rig.python(), "uvloop", &[("BENCH_TURNS", &file)])?;
     wrk(&server, TURNS_SECONDS)?;
@@ -170,7 +169,6 @@ fn requests(rig: &Rig, pairs: u32) -> Result<Value> {
     say(&format!("hello world under wrk, bare and attached, {pairs} pairs of {ROUND_SECONDS} s"));
     results.insert("attached".to_owned(), attached_in_pairs(rig, pairs, &bare, &bare)?);
     say("the same with the middleware of loopguard-emit, not attached and attached");
-    rig.install_package()?;
     let telling = rig.serve(&rig.python(), "uvloop", &[("BENCH_MIDDLEWARE", Path::new("1"))])?;
     let alone = in_pairs(pairs, || round(&bare, None), || round(&telling, None))?;
     results.insert("middleware".to_owned(), alone);
