@@ -1,4 +1,4 @@
-//! The end of a tick: a loop thread's calls of `epoll_wait` and its variants on its own epoll descriptor.
+//! The end of a tick: a loop thread's calls of `epoll_wait` and its variants on its own epoll descriptor, and of `close`.
 //!
 //! The next tick begins with the call itself, unless the thread goes to sleep in it: then when it runs again, which the
 //! scheduler tells. So the return from the call needs no program.
@@ -50,6 +50,23 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
         }
     }
     report_unknown(&ctx, Unknown { tgid, tid, now, epoll_fd, is_unwatched });
+    0
+}
+
+/// Enters `close`. Without the epoll descriptor of its loop a thread runs no loop: what it does until it polls again (the
+/// interpreter's end, a script between two loops) blocks nobody.
+#[tracepoint]
+pub fn on_close_enter(ctx: TracePointContext) -> u32 {
+    let Some(mut target) = watched(bpf_get_current_pid_tgid() as u32) else { return 0 };
+    // SAFETY: an argument word of a system call's tracepoint, inside what the verifier knows of it.
+    let fd = unsafe { *ctx.as_ptr().cast::<u8>().add(FIRST_ARGUMENT).cast::<u64>() } as i32;
+    if fd >= 0 && target.thread.epoll_fd == fd {
+        // SAFETY: a helper without conditions.
+        let now = unsafe { bpf_ktime_get_ns() };
+        last_step_ends(&mut target, now);
+        target.clock.end_tick(now);
+        target.clock.leave();
+    }
     0
 }
 

@@ -319,8 +319,10 @@ impl Kernel {
             let waking: &mut BtfTracePoint = take(name)?.try_into()?;
             waking.load(tracepoint, btf).with_context(|| format!("load the program for {tracepoint}"))?;
         }
-        let poll: &mut TracePoint = take("on_poll_enter")?.try_into()?;
-        poll.load().context("load the program for polls")?;
+        for (name, what) in [("on_poll_enter", "polls"), ("on_close_enter", "closed loops")] {
+            let program: &mut TracePoint = take(name)?.try_into()?;
+            program.load().with_context(|| format!("load the program for {what}"))?;
+        }
         for which in [StepProbe::ContextRun, StepProbe::ContextEnter] {
             let program: &mut UProbe = take(step_program(which))?.try_into()?;
             program.load().context("load the step programs")?;
@@ -344,18 +346,20 @@ impl Kernel {
     }
 
     fn attach_watching(&mut self) -> Result<()> {
+        const POLL: &str = "on_poll_enter";
         for (name, tracepoint) in [(switch_program(self.switch), "sched_switch"), ("on_sched_wakeup", "sched_wakeup")] {
             let program: &mut BtfTracePoint = program_mut(&mut self.bpf, name)?.try_into()?;
             let link = program.attach().with_context(|| format!("attach {tracepoint}"))?;
             self.watching.push(Box::new(program.take_link(link)?));
         }
-        let poll: &mut TracePoint = program_mut(&mut self.bpf, "on_poll_enter")?.try_into()?;
-        for call in ["epoll_wait", "epoll_pwait", "epoll_pwait2"] {
+        let calls = [("epoll_wait", POLL), ("epoll_pwait", POLL), ("epoll_pwait2", POLL), ("close", "on_close_enter")];
+        for (call, name) in calls {
             let tracepoint = format!("sys_enter_{call}");
-            // Not every architecture and kernel has all three.
+            // Not every architecture and kernel has all of them.
             if Path::new(TRACEFS).join("events/syscalls").join(&tracepoint).exists() {
-                let link = poll.attach("syscalls", &tracepoint).with_context(|| format!("attach {tracepoint}"))?;
-                self.watching.push(Box::new(poll.take_link(link)?));
+                let program: &mut TracePoint = program_mut(&mut self.bpf, name)?.try_into()?;
+                let link = program.attach("syscalls", &tracepoint).with_context(|| format!("attach {tracepoint}"))?;
+                self.watching.push(Box::new(program.take_link(link)?));
             }
         }
         self.sample_cpus()
