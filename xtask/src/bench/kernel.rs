@@ -380,7 +380,9 @@ struct Looks {
 fn looks(rig: &Rig, miss: &Misses) -> Result<Looks> {
     const SIZES: [(&str, f64); 2] = [("--stack-size=4KiB", 1.0), ("--stack-size=16KiB", 4.0)];
     const FIRST: u32 = 200;
-    let server = rig.serve(&rig.python(), "uvloop", &[])?;
+    // A stack ends with the environment: this makes it deep enough wherever the kernel lets it begin.
+    let padding = "x".repeat(2 * STACK_PAGE);
+    let server = rig.serve(&rig.python(), "uvloop", &[("BENCH_PADDING", Path::new(&padding))])?;
     let (port, pid) = (server.port, server.process.pid());
     let pages = stack_pages(port, pid)?;
     ensure!(pages >= 4, "the server's stack has only {pages} pages there");
