@@ -134,6 +134,24 @@ fn every_server_and_middleware_shows_its_requests() {
 }
 
 #[test]
+fn a_route_that_is_no_object_is_told() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    for python in pythons() {
+        let setup = Setup { python: &python, server: "uvicorn-h11", event_loop: "asyncio", environment: &[] };
+        let server = Server::start(&setup);
+        let watching = Watching::start(server.pid(), &["--threshold", THRESHOLD]);
+        server.get(&format!("/templated/{BLOCK_MS}"), "templated");
+        let events = watching.stop();
+        let blocks: Vec<_> = events.blocks_of("templated").collect();
+        assert_eq!(blocks.len(), 1, "{python:?}: {:#?}", events.lines);
+        assert_eq!(blocks[0]["requests"][0]["route"], "/templated/{ms:int}", "{python:?}: {blocks:#?}");
+    }
+}
+
+#[test]
 fn without_step_probes_owners_are_inferred_and_still_right() {
     let _alone = alone();
     if !can_trace() {

@@ -166,7 +166,7 @@ pub const TRACEPARENT_OBJECT: usize = 96;
 pub struct RequestSnapshot {
     /// Address of the outermost ASGI scope dict in the frames; 0: there was none.
     pub scope: u64,
-    /// Address of the object under `route`; 0: not routed yet, or a framework that keeps none.
+    /// Address of the object under `route` or `path_template`; 0: not routed yet, or a framework that keeps none.
     pub route: u64,
     pub client_port: u32,
     pub _pad: u32,

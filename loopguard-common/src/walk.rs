@@ -478,10 +478,19 @@ fn find_field<M: Memory>(memory: &M, layout: &PyLayout, i: usize, scratch: &mut 
         return;
     }
     let length = field(&scratch.words, layout.str_length);
+    let first = field(&scratch.words, layout.str_ascii_data);
+    // What Litestar keeps instead of a route: a string.
+    if length == 13
+        && first == const { key(b"path_tem") }
+        && field(&scratch.words, layout.str_ascii_data + 8) & 0xff_ffff_ffff == const { key(b"plate") }
+    {
+        (scratch.keys.route, scratch.fields.route) = (key_object, value);
+        return;
+    }
     if length == 0 || length > 8 {
         return;
     }
-    let name = field(&scratch.words, layout.str_ascii_data) & (u64::MAX >> ((64 - length * 8) & 63));
+    let name = first & (u64::MAX >> ((64 - length * 8) & 63));
     if name == const { key(b"type") } {
         (scratch.keys.kind, scratch.fields.kind) = (key_object, value);
     } else if name == const { key(b"path") } {
@@ -624,7 +633,7 @@ mod tests {
 
         fn string(&mut self, at: u64, text: &[u8]) -> u64 {
             self.put(at + 16, &[text.len() as u64]);
-            self.put(at + 40, &[key(text)]);
+            self.put(at + 40, &text.chunks(8).map(key).collect::<Vec<_>>());
             at
         }
 
@@ -641,11 +650,8 @@ mod tests {
         }
     }
 
-    /// Every wait is looked at: what was copied in the same step already must cost no more reads, also behind a cell
-    /// and below dicts that are no scopes.
-    #[test]
-    fn a_request_that_is_known_is_not_read_again() {
-        let layout = PyLayout {
+    fn layout() -> PyLayout {
+        PyLayout {
             dict_type: DICT_TYPE,
             cell_type: CELL_TYPE,
             ob_type: 8,
@@ -656,7 +662,30 @@ mod tests {
             var_size: 16,
             list_items: 24,
             ..PyLayout::default()
-        };
+        }
+    }
+
+    #[test]
+    fn the_template_of_a_path_stands_under_one_of_two_names() {
+        for (name, is_route) in
+            [(&b"route"[..], true), (b"path_template", true), (b"path_templates", false), (b"path_tem", false)]
+        {
+            let mut memory = Words::default();
+            let http = memory.string(0x40_0000, b"http");
+            memory.dict(SCOPE, &[(b"type", http), (b"path", 0x41_0000), (b"headers", 0x42_0000), (name, 0x43_0000)]);
+            let mut scratch = Scratch::default();
+            // SAFETY: integers only.
+            let mut out: RequestSnapshot = unsafe { core::mem::zeroed() };
+            assert!(snapshot_scope(&memory, &layout(), SCOPE, &mut scratch, &mut out));
+            assert_eq!(out.route, if is_route { 0x43_0000 } else { 0 });
+        }
+    }
+
+    /// Every wait is looked at: what was copied in the same step already must cost no more reads, also behind a cell
+    /// and below dicts that are no scopes.
+    #[test]
+    fn a_request_that_is_known_is_not_read_again() {
+        let layout = layout();
         let mut memory = Words::default();
         let http = memory.string(0x40_0000, b"http");
         memory.dict(OTHER, &[(b"type", http)]);

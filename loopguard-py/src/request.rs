@@ -250,9 +250,13 @@ impl Request {
         }
     }
 
+    /// As Starlette and FastAPI tell it, or as Litestar does.
     fn template<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyString>> {
-        let route = item(&*self.scope_in(py)?, intern!(py, "route"))?;
-        route.getattr(intern!(py, "path")).ok()?.cast_into().ok()
+        let scope = self.scope_in(py)?;
+        match item(&scope, intern!(py, "route")) {
+            Some(route) => route.getattr(intern!(py, "path")).ok()?.cast_into().ok(),
+            None => item(&scope, intern!(py, "path_template"))?.cast_into().ok(),
+        }
     }
 
     /// One of the application's own steps: after the last, the request is over.

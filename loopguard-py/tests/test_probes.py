@@ -22,6 +22,18 @@ def test_a_request_of_one_step(server: Server, told: Told) -> None:
     assert told() == ["start 1 GET /items/7 abc", "enter 1", "route 1 /items/{id}", "exit 1", "end 1 201"]
 
 
+@pytest.mark.parametrize(
+    ("template", "line"), [("/items/{id:int}", ["route 1 /items/{id:int}"]), (None, []), (b"/items", [])]
+)
+def test_a_route_as_litestar_keeps_it(server: Server, told: Told, template: object, line: list[str]) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["path_template"] = template
+        await answer(send)
+
+    server.run(LoopguardMiddleware(app), http())
+    assert told() == ["start 1 GET /x", "enter 1", *line, "exit 1", "end 1 200"]
+
+
 def test_every_step_between_two_awaits(server: Server, told: Told) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(0)

@@ -17,6 +17,7 @@ from fastapi.responses import StreamingResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 background_period_s = float(os.environ.get("BACKGROUND_PERIOD_S", "0"))
 
@@ -143,6 +144,16 @@ async def block_dependency(_: None = Depends(dependency)) -> str:
     return "done"
 
 
+async def or_like_litestar(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application, and one path whose route is told as Litestar tells it."""
+    if not scope.get("path", "").startswith("/templated/"):
+        await app(scope, receive, send)
+        return
+    scope["path_template"] = "/templated/{ms:int}"
+    time.sleep(int(scope["path"].removeprefix("/templated/")) / 1000)
+    await Response("done")(scope, receive, send)
+
+
 def serve(server: str, loop: str, port: int) -> None:
     if server == "hypercorn":
         from hypercorn.asyncio import serve as hypercorn_serve
@@ -153,7 +164,7 @@ def serve(server: str, loop: str, port: int) -> None:
         config.accesslog = config.errorlog = None
 
         async def main() -> None:
-            await hypercorn_serve(app, config)  # type: ignore[arg-type]
+            await hypercorn_serve(or_like_litestar, config)  # type: ignore[arg-type]
 
         if loop == "uvloop":
             import uvloop
@@ -165,7 +176,7 @@ def serve(server: str, loop: str, port: int) -> None:
         import uvicorn
 
         http = server.removeprefix("uvicorn-")
-        uvicorn.run(app, host="127.0.0.1", port=port, loop=loop, http=http, log_level="warning")
+        uvicorn.run(or_like_litestar, host="127.0.0.1", port=port, loop=loop, http=http, log_level="warning")
 
 
 def end_with_parent() -> None:
