@@ -1,10 +1,11 @@
 //! Turns what stood in a block's stack into one line that says what to write instead.
 //!
 //! The table is data. A rule matches a call that stands between the user's line and the innermost frame, or the system
-//! call most of the time went to: never one that was not in the stack.
+//! call most of the time went to: never one that was not in the stack. Where the code could not run, what it would have
+//! done is not the point.
 
 use super::event::{Frame, FrameKind};
-use super::incident::{Blame, Split, WaitTotal, user_line_index};
+use super::incident::{Blame, Split, Verdict, WaitTotal, user_line_index};
 
 /// How a blocking call shows.
 enum Mark {
@@ -24,6 +25,9 @@ struct Rule {
     marks: &'static [Mark],
     hint: &'static str,
 }
+
+const GIL: &str = "another thread held the GIL: run CPU-bound Python code in a process pool instead of in threads";
+const HOST: &str = "no processor was free: too many programs run here, or the container is at its CPU limit";
 
 /// The first rule that matches a frame counts.
 const RULES: &[Rule] = &[
@@ -174,8 +178,20 @@ const RULES: &[Rule] = &[
         hint: "this waits for a thread: await it, with `asyncio.wrap_future` or `asyncio.to_thread`",
     },
     Rule {
+        marks: &[Python("/threading.py", "Thread.start")],
+        hint: "a thread was started, which waits until it runs: others hold the GIL or the processors",
+    },
+    Rule {
         marks: &[Python("/threading.py", "*"), Python("/queue.py", "*")],
         hint: "this waits for another thread: use asyncio's Lock, Event or Queue, or wait in a worker thread",
+    },
+    Rule {
+        marks: &[Python("<frozen importlib._bootstrap>", "*")],
+        hint: "a module is imported on the loop: import it when the program starts",
+    },
+    Rule {
+        marks: &[Native("gc_collect_main")],
+        hint: "the garbage collector looks at all objects: use `gc.freeze()` after the start, or keep fewer objects",
     },
     Rule {
         marks: &[Syscall("clock_nanosleep"), Syscall("nanosleep")],
@@ -207,6 +223,11 @@ const RULES: &[Rule] = &[
 
 /// What to write instead, if the call that blocked is a well-known one.
 pub fn hint(blame: &Blame, split: &Split, waits: &[WaitTotal]) -> Option<&'static str> {
+    match split.verdict() {
+        Verdict::Gil => return Some(GIL),
+        Verdict::Host => return Some(HOST),
+        Verdict::Code | Verdict::Unknown => {}
+    }
     let frames = &blame.stack.frames;
     let user = user_line_index(&blame.stack);
     // What the user's line called; the call nearest to the line says most about what to change.
@@ -270,7 +291,7 @@ mod tests {
 
     fn frame(text: &str) -> Arc<Frame> {
         let (function, file) = text.split_once('@').unwrap_or((text, ""));
-        let is_native = !file.ends_with(".py");
+        let is_native = !file.ends_with(".py") && !file.starts_with("<frozen");
         let origin = match file {
             "/srv/app.py" | "app" => Origin::User,
             _ => Origin::Library,
@@ -287,6 +308,10 @@ mod tests {
 
     /// A stack, innermost first, `function@file` each, and a wait of all the time.
     fn hint_of(stack: &str, syscall: Option<&str>) -> Option<&'static str> {
+        hint_in(stack, syscall, Split { waiting_ns: 100, ..Split::default() })
+    }
+
+    fn hint_in(stack: &str, syscall: Option<&str>, split: Split) -> Option<&'static str> {
         let frames = stack.split(" < ").map(frame).collect();
         let blame = Blame {
             owner: Owner::NoRequest { task: None },
@@ -295,7 +320,7 @@ mod tests {
         };
         let waits: Vec<WaitTotal> =
             syscall.iter().map(|name| WaitTotal { syscall: (*name).to_owned(), on: None, ns: 90 }).collect();
-        hint(&blame, &Split { waiting_ns: 100, ..Split::default() }, &waits)
+        hint(&blame, &split, &waits)
     }
 
     #[track_caller]
@@ -322,7 +347,9 @@ mod tests {
             ("Path.read_text@/usr/lib/python3.12/pathlib.py", "file access"),
             ("Client.get@/venv/site-packages/httpx/_client.py", "httpx.AsyncClient"),
             ("Thread.join@/usr/lib/python3.12/threading.py", "waits for a thread"),
+            ("Thread.start@/usr/lib/python3.12/threading.py", "until it runs"),
             ("Redis.get@/venv/site-packages/redis/client.py", "redis.asyncio"),
+            ("_find_and_load@<frozen importlib._bootstrap>", "when the program starts"),
             ("Session.execute@/venv/site-packages/sqlalchemy/orm/session.py", "sqlalchemy.ext.asyncio"),
         ] {
             check(&format!("inner@/usr/lib/python3.12/x.py < {called} < {user}"), None, Some(part));
@@ -334,6 +361,7 @@ mod tests {
             ("reqwest::blocking::get@app.so", "spawn_blocking"),
             ("time_sleep@libpython3.12.so", "asyncio.sleep"),
             ("PKCS5_PBKDF2_HMAC@libcrypto.so.3", "password"),
+            ("gc_collect_main@libpython3.12.so", "gc.freeze"),
         ] {
             check(&format!("inner@libc.so.6 < {called} < server::handler@app"), None, Some(part));
         }
@@ -357,6 +385,15 @@ mod tests {
         check("wait@/v/site-packages/lib/x.py < handler@/srv/app.py", Some("clock_nanosleep"), None);
         check("inner@/v/site-packages/lib/x.py", Some("clock_nanosleep"), None);
         check("handler@/srv/app.py", Some("futex"), None);
+    }
+
+    #[test]
+    fn code_that_could_not_run_is_not_told_what_to_do() {
+        let joins = "Thread.join@/usr/lib/python3.12/threading.py < handler@/srv/app.py";
+        let split = |gil_ns, run_queue_ns| Split { on_cpu_ns: 10, gil_ns, run_queue_ns, ..Split::default() };
+        assert_eq!(hint_in(joins, Some("futex"), split(20, 15)), Some(GIL));
+        assert_eq!(hint_in(joins, Some("futex"), split(15, 20)), Some(HOST));
+        assert!(hint_in(joins, Some("futex"), split(5, 5)).is_some_and(|hint| hint.contains("waits for a thread")));
     }
 
     #[test]
