@@ -1,9 +1,10 @@
-//! The project's chores: `cargo xtask setup | build-ebpf | demo | picture | test | bench | fuzz | soak | lint-python`.
+//! The project's chores: `cargo xtask setup | build-ebpf | demo | picture | dist | test | bench | fuzz | soak | lint-python`.
 
 mod bench;
 mod companion;
 mod conformance;
 mod demo;
+mod dist;
 mod fuzz;
 mod kernels;
 mod picture;
@@ -32,6 +33,7 @@ usage: cargo xtask COMMAND
   build-ebpf                   build the kernel programs and print where the object is
   demo [--tui]                 block a demo server on purpose and let loopguard say who did it
   picture                      watch the demo's server and draw the README's picture of the live view
+  dist                         one file to copy to a server: loopguard with all its libraries in it
   test [--all-pythons] [-- CARGO-TEST-ARGUMENTS]
                                all tests; as root those in the real kernel too;
                                --all-pythons: also Debian's newest interpreters, in a chroot
@@ -72,6 +74,7 @@ fn run() -> Result<()> {
         ["demo"] => demo::run(Screen::Text),
         ["demo", "--tui"] => demo::run(Screen::Tui),
         ["picture"] => picture::run(),
+        ["dist"] => dist::run(),
         ["test"] => suite::run(Pythons::Host, &[]),
         ["test", "--all-pythons"] => suite::run(Pythons::HostAndSid, &[]),
         ["test", "--python"] => suite::python(),
