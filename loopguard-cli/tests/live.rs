@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use support::{Events, Server, Setup, Watching, alone, can_trace, line_of, pythons, signal};
+use support::{Events, Server, Setup, Watching, all_pythons, alone, can_trace, line_of, pythons, signal};
 
 /// Long enough that nothing a healthy server does comes near it, on any machine.
 const BLOCK_MS: u32 = 300;
@@ -85,7 +85,7 @@ fn the_culprit_is_named_on_every_interpreter_and_loop() {
     if !can_trace() {
         return;
     }
-    for python in pythons() {
+    for python in all_pythons() {
         for event_loop in ["uvloop", "asyncio"] {
             let setup = Setup { python: &python, server: "uvicorn-httptools", event_loop, environment: &[] };
             let server = Server::start(&setup);
@@ -139,7 +139,7 @@ fn a_route_that_is_no_object_is_told() {
     if !can_trace() {
         return;
     }
-    for python in pythons() {
+    for python in all_pythons() {
         let setup = Setup { python: &python, server: "uvicorn-h11", event_loop: "asyncio", environment: &[] };
         let server = Server::start(&setup);
         let watching = Watching::start(server.pid(), &["--threshold", THRESHOLD]);
@@ -174,7 +174,7 @@ fn a_background_task_is_nobodys_request() {
     if !can_trace() {
         return;
     }
-    for python in pythons() {
+    for python in all_pythons() {
         let environment: &[_] = &[("BACKGROUND_PERIOD_S", "0.2")];
         let setup = Setup { python: &python, server: "uvicorn-httptools", event_loop: "uvloop", environment };
         let server = Server::start(&setup);
@@ -274,7 +274,7 @@ fn what_a_thread_does_without_a_loop_is_no_block() {
     if !can_trace() {
         return;
     }
-    for python in pythons() {
+    for python in all_pythons() {
         let (mut target, mut says) = program(&python, "two_loops.py");
         assert_eq!(says.next().as_deref(), Some("ready"));
         let watching = Watching::start(target.id(), &["--threshold", "100ms"]);

@@ -1,6 +1,8 @@
 //! Makes a chroot with Debian sid's CPythons: static, stripped and newer than most machines have.
 
+use std::ffi::CString;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -17,27 +19,29 @@ const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
 pub struct Sid {
     root: PathBuf,
+    /// Programs of ours, each of which becomes one of the chroot's Pythons that has the test servers.
+    pythons: Vec<PathBuf>,
 }
 
 impl Sid {
     /// Takes about two minutes the first time.
     pub fn prepare(workspace: &Workspace) -> Result<Self> {
-        let sid = Self::interpreters(workspace)?;
-        let mut usable = 0;
+        let mut sid = Self::interpreters(workspace)?;
+        sid.show(&workspace.root.join("loopguard-cli/tests"))?;
         for version in VERSIONS {
-            match sid.venv(workspace, version) {
-                Ok(()) => usable += 1,
+            match sid.venv(workspace, version).and_then(|()| sid.python(version)) {
+                Ok(python) => sid.pythons.push(python),
                 Err(error) => say(&format!("going on without sid's Python {version}: {error:#}")),
             }
         }
-        ensure!(usable > 0, "no Python of the chroot can run the test servers: the lines above say why");
+        ensure!(!sid.pythons.is_empty(), "no Python of the chroot can run the test servers: the lines above say why");
         Ok(sid)
     }
 
     /// Only the interpreters, without what the test servers need.
     pub fn interpreters(workspace: &Workspace) -> Result<Self> {
         ensure!(setup::is_root(), "a chroot with all interpreters needs root");
-        let sid = Self { root: workspace.target.join("test/sid") };
+        let sid = Self { root: workspace.target.join("test/sid"), pythons: Vec::new() };
         sid.bootstrap()?;
         sid.mount_proc()?;
         Ok(sid)
@@ -45,6 +49,10 @@ impl Sid {
 
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    pub fn pythons(&self) -> &[PathBuf] {
+        &self.pythons
     }
 
     fn bootstrap(&self) -> Result<()> {
@@ -75,7 +83,7 @@ impl Sid {
     /// In a mount namespace of our own, so that nothing stays mounted under `target/` whatever ends us: deleting
     /// `target/` must never reach into a mounted file system.
     fn mount_proc(&self) -> Result<()> {
-        let target = std::ffi::CString::new(self.root.join("proc").into_os_string().into_encoded_bytes())?;
+        let target = CString::new(self.root.join("proc").into_os_string().into_encoded_bytes())?;
         // SAFETY: all pointers are to strings that end in NUL and live through the calls; null where the kernel
         // ignores the argument.
         let mounted = unsafe {
@@ -93,6 +101,31 @@ impl Sid {
             return Ok(());
         }
         Err(std::io::Error::last_os_error()).context("mount /proc in the chroot")
+    }
+
+    /// Puts a folder of the machine where it is in the chroot, too; after [`mount_proc`](Self::mount_proc) this is seen by
+    /// us and our children only.
+    fn show(&self, folder: &Path) -> Result<()> {
+        let there = self.root.join(folder.strip_prefix("/").context("a path without a root")?);
+        fs::create_dir_all(&there)?;
+        let [from, to] = [folder, &there].map(|path| CString::new(path.as_os_str().as_encoded_bytes()));
+        let (from, to) = (from?, to?);
+        // SAFETY: strings that end in NUL and live through the call; null where the kernel ignores the argument.
+        let mounted =
+            unsafe { libc::mount(from.as_ptr(), to.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null()) };
+        if mounted == 0 {
+            return Ok(());
+        }
+        Err(std::io::Error::last_os_error()).with_context(|| format!("mount {} in the chroot", folder.display()))
+    }
+
+    /// A program that becomes, as the same process, the chroot's Python.
+    fn python(&self, version: &str) -> Result<PathBuf> {
+        let program = self.root.with_file_name(format!("sid-python-{version}"));
+        let script = format!("#!/bin/sh\nexec chroot '{}' /venv-{version}/bin/python \"$@\"\n", self.root.display());
+        fs::write(&program, script)?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        Ok(program)
     }
 
     fn venv(&self, workspace: &Workspace, version: &str) -> Result<()> {

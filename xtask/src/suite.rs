@@ -27,8 +27,8 @@ pub enum Pythons {
 
 /// The tests read which servers they may start from the environment:
 /// `LOOPGUARD_TEST_PYTHONS` (also as `LOOPGUARD_PYTHONS`) holds the Python of each virtual environment, joined by
-/// colons; `LOOPGUARD_TEST_PROMETHEUS` is the folder of Prometheus and promtool; `LOOPGUARD_TEST_SID` is the root of the chroot, with `/venv-3.13` and so on inside; `LOOPGUARD_TEST_AXUM` is a
-/// release build of the axum server.
+/// colons; `LOOPGUARD_TEST_SID` likewise those that are in the chroot; `LOOPGUARD_TEST_PROMETHEUS` is the folder of
+/// Prometheus and promtool; `LOOPGUARD_TEST_AXUM` is a release build of the axum server.
 pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
     let workspace = Workspace::locate()?;
     setup::run(&workspace)?;
@@ -54,7 +54,7 @@ pub fn run(which: Pythons, cargo_test_arguments: &[&str]) -> Result<()> {
         Pythons::HostAndSid => Some(Sid::prepare(&workspace)?),
     };
     if let Some(sid) = &sid {
-        test.env("LOOPGUARD_TEST_SID", sid.root());
+        test.env("LOOPGUARD_TEST_SID", std::env::join_paths(sid.pythons()).context("a path holds a colon")?);
     }
     if !setup::is_root() {
         say("not root: the tests that load kernel programs are skipped");

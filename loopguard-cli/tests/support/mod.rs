@@ -60,6 +60,12 @@ pub fn pythons() -> Vec<PathBuf> {
     pythons
 }
 
+/// Also those in a chroot, if `cargo xtask test --all-pythons` made one.
+pub fn all_pythons() -> Vec<PathBuf> {
+    let in_chroot = env::var_os("LOOPGUARD_TEST_SID").unwrap_or_default();
+    pythons().into_iter().chain(env::split_paths(&in_chroot).filter(|path| !path.as_os_str().is_empty())).collect()
+}
+
 pub fn loopguard() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_loopguard"));
     command.stdin(Stdio::null());
