@@ -73,20 +73,22 @@ pub trait TargetMemory: Memory {
 
     /// The NUL-terminated string at `address`, UTF-8-repaired, cut at `limit` bytes.
     fn c_string(&self, address: u64, limit: usize) -> Result<String, Fault> {
+        const PIECE: usize = 64;
         let mut text = Vec::new();
         let mut at = address;
         while text.len() < limit {
             // Short pieces that do not cross a page: what follows the string may not be there.
-            let piece = (64 - (at % 64) as usize).min(limit - text.len());
-            let bytes = self.bytes(at, piece)?;
-            if let Some(end) = bytes.iter().position(|&byte| byte == 0) {
-                text.extend_from_slice(&bytes[..end]);
+            let mut piece = [0; PIECE];
+            let piece = &mut piece[..(PIECE - at as usize % PIECE).min(limit - text.len())];
+            self.read_exact(at, piece)?;
+            let end = piece.iter().position(|&byte| byte == 0);
+            text.extend_from_slice(&piece[..end.unwrap_or(piece.len())]);
+            if end.is_some() {
                 break;
             }
-            text.extend_from_slice(&bytes);
-            at = at.wrapping_add(piece as u64);
+            at = at.wrapping_add(piece.len() as u64);
         }
-        Ok(String::from_utf8_lossy(&text).into_owned())
+        Ok(String::from_utf8(text).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
     }
 }
 

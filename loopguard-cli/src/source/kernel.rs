@@ -1,5 +1,6 @@
 //! Owns the kernel programs: loads them, tells them what to watch, and reads their maps.
 
+mod clocks;
 mod closing;
 mod cpu_clocks;
 mod multi;
@@ -11,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData, PerCpuArray, Queue, RingBuf},
@@ -45,6 +46,7 @@ use crate::{
     runtime::{cpython::StepProbe, probe_site::ProbeSite, usdt::RequestProbe},
     sink::escape::printable,
 };
+use clocks::Clocks;
 use closing::Closing;
 use cpu_clocks::CpuClocks;
 use requests::RequestMaps;
@@ -163,13 +165,13 @@ pub struct Kernel {
     slots: HashMap<MapData, u32, u32>,
     free_slots: Queue<MapData, u32>,
     threads: Array<MapData, LoopThread>,
-    clocks: Array<MapData, LoopClock>,
+    clocks: Clocks,
     captures: Array<MapData, CaptureBuffer>,
     counts: PerCpuArray<MapData, u64>,
     /// Watched ids, tgids and tids, with how many watch them: two ids can share an entry.
     ids: StdHashMap<u32, u32>,
     /// Which thread has which slot, as far as it is known here.
-    owners: Vec<Option<Tid>>,
+    taken: StdHashMap<Tid, u32>,
     /// Who has which of the rooms for deep stacks, by slot.
     deep_stacks: [Option<u32>; MAX_DEEP_STACKS as usize],
     pace: Pace,
@@ -268,11 +270,11 @@ impl Kernel {
             free_slots: take_map(&mut bpf, "FREE_SLOTS")?.try_into()?,
             slots: take_map(&mut bpf, "SLOTS")?.try_into()?,
             threads: take_map(&mut bpf, "THREADS")?.try_into()?,
-            clocks: take_map(&mut bpf, "CLOCKS")?.try_into()?,
+            clocks: Clocks::new(take_map(&mut bpf, "CLOCKS")?)?,
             captures: take_map(&mut bpf, "CAPTURES")?.try_into()?,
             counts: take_map(&mut bpf, "COUNTS")?.try_into()?,
             ids: StdHashMap::new(),
-            owners: vec![None; MAX_THREADS as usize],
+            taken: StdHashMap::new(),
             deep_stacks: [None; MAX_DEEP_STACKS as usize],
             pace,
             log,
@@ -392,11 +394,11 @@ impl Kernel {
     }
 
     fn leave_ticks(&mut self) {
-        for slot in self.owners.iter().zip(0..).filter_map(|(owner, slot)| owner.map(|_| slot)) {
-            if let Ok(mut clock) = self.clocks.get(&slot, 0) {
+        for &slot in self.taken.values() {
+            if let Some(mut clock) = self.clocks.get(slot) {
                 clock.leave();
                 // A slot that exists.
-                let _ = self.clocks.set(slot, clock, 0);
+                let _ = self.clocks.set(slot, clock);
             }
         }
     }
@@ -469,7 +471,7 @@ impl Kernel {
 
     /// Whether as many threads are watched as can be.
     pub fn is_full(&self) -> bool {
-        self.owners.iter().all(Option::is_some)
+        self.taken.len() >= MAX_THREADS as usize
     }
 
     /// Watches a loop thread; the pace is filled in here. Returns its slot.
@@ -496,7 +498,7 @@ impl Kernel {
                 clock.switch_out(now_ns, SwitchOut::Waits { syscall, arg0, gil });
             }
         }
-        self.clocks.set(slot, clock, 0)?;
+        self.clocks.set(slot, clock)?;
         self.threads.set(slot, thread, 0)?;
         if self.slots.insert(tid, slot, BPF_NOEXIST).is_err() {
             // It polled just now, and is watched since.
@@ -511,8 +513,10 @@ impl Kernel {
 
     /// A thread is watched that the programs have taken the slot for.
     pub fn take_over(&mut self, tid: Tid, slot: u32) -> Result<()> {
-        let owner = self.owners.get_mut(slot as usize).context("a slot that does not exist")?;
-        if owner.replace(tid) != Some(tid) {
+        ensure!(slot < MAX_THREADS, "a slot that does not exist");
+        // Whoever had it before is gone.
+        self.taken.retain(|other, of_other| *of_other != slot || *other == tid);
+        if self.taken.insert(tid, slot).is_none() {
             self.mark(tid, true)?;
         }
         Ok(())
@@ -533,18 +537,17 @@ impl Kernel {
     /// The thread is parked, not blocked: what says so was not known yet when it went to sleep.
     pub fn set_idle(&mut self, tid: Tid) -> Result<()> {
         let slot = self.slots.get(&tid, 0)?;
-        Ok(self.clocks.set(slot, LoopClock::idle(), 0)?)
+        self.clocks.set(slot, LoopClock::idle())
     }
 
     /// Threads that are watched and not known here: those that were reported with a record that was lost.
     pub fn unknown_threads(&self) -> Vec<(Tid, u32)> {
-        let known = |slot: u32, tid: Tid| self.owners.get(slot as usize) == Some(&Some(tid));
-        self.slots.iter().flatten().filter(|(tid, slot)| !known(*slot, *tid)).collect()
+        self.slots.iter().flatten().filter(|(tid, slot)| self.taken.get(tid) != Some(slot)).collect()
     }
 
     fn free(&mut self, slot: u32) -> Result<()> {
         self.threads.set(slot, LoopThread::default(), 0)?;
-        self.clocks.set(slot, LoopClock::default(), 0)?;
+        self.clocks.set(slot, LoopClock::default())?;
         self.polls.forget_worker(slot)?;
         for room in self.deep_stacks.iter_mut().filter(|room| **room == Some(slot)) {
             *room = None;
@@ -572,11 +575,10 @@ impl Kernel {
     }
 
     pub fn unwatch_thread(&mut self, tid: Tid) {
-        let Some(slot) = self.owners.iter().position(|owner| *owner == Some(tid)) else { return };
-        self.owners[slot] = None;
+        let Some(slot) = self.taken.remove(&tid) else { return };
         let _ = self.mark(tid, false);
         let _ = self.slots.remove(&tid);
-        let _ = self.free(slot as u32);
+        let _ = self.free(slot);
         let _ = self.sample(tid, Sampling::Watchful);
     }
 
@@ -623,12 +625,12 @@ impl Kernel {
     }
 
     pub fn slot_of(&self, tid: Tid) -> Option<u32> {
-        self.owners.iter().position(|owner| *owner == Some(tid)).map(|slot| slot as u32)
+        self.taken.get(&tid).copied()
     }
 
     /// The state of a watched thread's clock.
     pub fn clock(&self, tid: Tid) -> Option<LoopClock> {
-        self.clocks.get(&self.slot_of(tid)?, 0).ok()
+        self.clocks.get(self.slot_of(tid)?)
     }
 
     /// What was captured of a watched thread when it last went to sleep in a step.
@@ -687,9 +689,9 @@ impl Kernel {
         }
         let entry = id % self.watched.len();
         let is_of = |id: u32| id % self.watched.len() == entry;
-        let slot = self.owners.iter().position(|owner| owner.is_some_and(is_of));
+        let slot = self.taken.iter().find(|(tid, _)| is_of(**tid)).map(|(_, slot)| *slot);
         let looked_up = self.ids.keys().any(|&id| is_of(id)).then_some(MARK_LOOK_UP);
-        let mark = slot.map(|slot| slot_mark(slot as u32)).or(looked_up).unwrap_or(0);
+        let mark = slot.map(slot_mark).or(looked_up).unwrap_or(0);
         Ok(self.watched.set(entry, mark, 0)?)
     }
 }

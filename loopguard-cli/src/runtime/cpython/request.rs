@@ -21,10 +21,10 @@ pub(super) struct Routes {
 impl Routes {
     /// `route.path`: what Starlette and FastAPI call the template, `/items/{id}`. A string is the template itself.
     fn template(&mut self, interpreter: &Interpreter, route: u64) -> Option<String> {
-        if interpreter.type_name(route).is_ok_and(|name| name == "str") {
+        let key = (route, interpreter.type_of(route).ok()?);
+        if key.1 == interpreter.anchors.str_type {
             return interpreter.str(route, MAX_ROUTE).ok().filter(|template| !template.is_empty());
         }
-        let key = (route, interpreter.type_of(route).ok()?);
         if let Some(template) = self.known.get(&key) {
             return template.clone();
         }

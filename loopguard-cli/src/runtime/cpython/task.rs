@@ -244,12 +244,11 @@ impl Interpreter {
         let layout = &self.offsets.layout;
         // Stack references carry tags in their low bits.
         let code = self.memory.field(frame, layout.frame_executable)? & !3;
-        let slot = match codes.code(self, code, None)?.scope {
+        let (slot, is_attribute) = match codes.code(self, code, None)?.scope {
             ScopeIn::Nowhere => return Ok(None),
-            ScopeIn::Local(slot) => slot,
-            ScopeIn::SelfAttribute => 0,
+            ScopeIn::Local(slot) => (slot, false),
+            ScopeIn::SelfAttribute => (0, true),
         };
-        let is_attribute = codes.code(self, code, None)?.scope == ScopeIn::SelfAttribute;
         let local = self.memory.field(frame, u64::from(layout.frame_locals) + slot * 8)? & !3;
         if local == 0 {
             return Ok(None);
@@ -261,15 +260,19 @@ impl Interpreter {
     /// The interpreter frames of a chain of coroutines that await each other, outermost first.
     fn coroutine_frames(&self, coroutine: u64) -> impl Iterator<Item = u64> {
         let mut next = Some(coroutine);
+        let mut last = None;
         let mut left = MAX_CHAIN;
         std::iter::from_fn(move || {
+            // Not before somebody asks: often the outermost frame is enough.
+            if let Some(frame) = last.take() {
+                next = self.awaited_in_frame(frame);
+            }
             while let Some(coroutine) = next.take().filter(|_| left > 0) {
                 left -= 1;
                 match self.type_name(coroutine).as_deref() {
                     Ok("coroutine" | "generator" | "async_generator") => {
-                        let frame = coroutine.wrapping_add(self.offsets.generator_frame);
-                        next = self.awaited_in_frame(frame);
-                        return Some(frame);
+                        last = Some(coroutine.wrapping_add(self.offsets.generator_frame));
+                        return last;
                     }
                     Ok("coroutine_wrapper" | "async_generator_asend" | "async_generator_athrow") => {
                         next = self.memory.field(coroutine, FIRST_FIELD).ok();

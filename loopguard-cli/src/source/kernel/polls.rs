@@ -282,8 +282,7 @@ impl Kernel {
 
     /// Which task a worker polls.
     pub fn worker(&self, tid: Tid) -> Option<Worker> {
-        let slot = self.owners.iter().position(|owner| *owner == Some(tid))?;
-        self.polls.workers.get(&(slot as u32), 0).ok()
+        self.polls.workers.get(&self.slot_of(tid)?, 0).ok()
     }
 
     /// What the connection of a task has read and written.
