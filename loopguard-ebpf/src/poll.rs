@@ -1,4 +1,5 @@
-//! The end of a tick: a loop thread's calls of `epoll_wait` and its variants on its own epoll descriptor, and of `close`.
+//! The end of a tick: a loop thread's calls of `epoll_wait` and its variants on its own epoll descriptor, and of
+//! `close`.
 //!
 //! The next tick begins with the call itself, unless the thread goes to sleep in it: then when it runs again, which the
 //! scheduler tells. So the return from the call needs no program.
@@ -33,8 +34,7 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     if target.is_none() && !maybe_watched(tgid) {
         return 0;
     }
-    // SAFETY: the argument words of a system call's tracepoint, inside what the verifier knows of it.
-    let epoll_fd = unsafe { *ctx.as_ptr().cast::<u8>().add(FIRST_ARGUMENT).cast::<u64>() } as i32;
+    let epoll_fd = descriptor(&ctx);
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     let is_unwatched = target.is_none();
@@ -53,21 +53,33 @@ pub fn on_poll_enter(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// Enters `close`. Without the epoll descriptor of its loop a thread runs no loop: what it does until it polls again (the
-/// interpreter's end, a script between two loops) blocks nobody.
+/// Enters `close`. Without the epoll descriptor of its loop a thread runs no loop: what it does until it polls again
+/// (the interpreter's end, a script between two loops) blocks nobody.
 #[tracepoint]
 pub fn on_close_enter(ctx: TracePointContext) -> u32 {
     let Some(mut target) = watched(bpf_get_current_pid_tgid() as u32) else { return 0 };
-    // SAFETY: an argument word of a system call's tracepoint, inside what the verifier knows of it.
-    let fd = unsafe { *ctx.as_ptr().cast::<u8>().add(FIRST_ARGUMENT).cast::<u64>() } as i32;
+    let fd = descriptor(&ctx);
     if fd >= 0 && target.thread.epoll_fd == fd {
-        // SAFETY: a helper without conditions.
-        let now = unsafe { bpf_ktime_get_ns() };
-        last_step_ends(&mut target, now);
-        target.clock.end_tick(now);
-        target.clock.leave();
+        loop_ends(&mut target);
     }
     0
+}
+
+/// The descriptor that a system call is about: its first argument.
+#[inline(always)]
+fn descriptor(ctx: &TracePointContext) -> i32 {
+    // SAFETY: an argument word of a system call's tracepoint, inside what the verifier knows of it.
+    unsafe { *ctx.as_ptr().cast::<u8>().add(FIRST_ARGUMENT).cast::<u64>() as i32 }
+}
+
+/// The thread runs no loop from here on: its tick ends with its last step, and none begins.
+#[inline(always)]
+pub fn loop_ends(target: &mut Watched) {
+    // SAFETY: a helper without conditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    last_step_ends(target, now);
+    target.clock.end_tick(now);
+    target.clock.leave();
 }
 
 /// The tick's last step ends, if there is a tick; the tick itself goes on until it is told otherwise.

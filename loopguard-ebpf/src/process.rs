@@ -4,10 +4,7 @@ use aya_ebpf::{
     helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
-use loopguard_common::{
-    clock::SwitchOut,
-    records::{PROCESS_BEFORE_POLLS, ProcessChange, ProcessRecord, RecordHeader, RecordKind},
-};
+use loopguard_common::records::{PROCESS_BEFORE_POLLS, ProcessChange, ProcessRecord, RecordHeader, RecordKind};
 
 use crate::{
     maps::{PROCESSES, REPORTED_POLLS, mark_watched, maybe_watched, unwatch, watched},
@@ -82,11 +79,7 @@ pub fn on_exit(_ctx: BtfTracePointContext) -> i32 {
 #[inline(always)]
 fn finish(tid: u32) -> bool {
     let Some(mut target) = watched(tid) else { return false };
-    // SAFETY: a helper without conditions.
-    let now = unsafe { bpf_ktime_get_ns() };
-    poll::last_step_ends(&mut target, now);
-    target.clock.end_tick(now);
-    target.clock.switch_out(now, SwitchOut::Polls);
+    poll::loop_ends(&mut target);
     unwatch(target.slot);
     true
 }

@@ -48,8 +48,7 @@ fn has_capabilities() -> bool {
 
 /// Interpreters with FastAPI, uvicorn and hypercorn installed.
 pub fn pythons() -> Vec<PathBuf> {
-    let listed = env::var_os("LOOPGUARD_TEST_PYTHONS").unwrap_or_default();
-    let pythons: Vec<_> = env::split_paths(&listed).filter(|path| !path.as_os_str().is_empty()).collect();
+    let pythons = listed("LOOPGUARD_TEST_PYTHONS");
     assert!(
         !pythons.is_empty() || env::var_os("LOOPGUARD_REQUIRE_BPF").is_none_or(|value| value != "1"),
         "LOOPGUARD_REQUIRE_BPF=1, but LOOPGUARD_TEST_PYTHONS names no interpreter: run `cargo xtask test`"
@@ -62,8 +61,12 @@ pub fn pythons() -> Vec<PathBuf> {
 
 /// Also those in a chroot, if `cargo xtask test --all-pythons` made one.
 pub fn all_pythons() -> Vec<PathBuf> {
-    let in_chroot = env::var_os("LOOPGUARD_TEST_SID").unwrap_or_default();
-    pythons().into_iter().chain(env::split_paths(&in_chroot).filter(|path| !path.as_os_str().is_empty())).collect()
+    [pythons(), listed("LOOPGUARD_TEST_SID")].concat()
+}
+
+fn listed(variable: &str) -> Vec<PathBuf> {
+    let listed = env::var_os(variable).unwrap_or_default();
+    env::split_paths(&listed).filter(|path| !path.as_os_str().is_empty()).collect()
 }
 
 pub fn loopguard() -> Command {
