@@ -83,7 +83,7 @@ fn look_at(which: usize, interpreter: Arc<Interpreter>, thread: &PyThreadInfo) {
             Inspector::new(interpreter).stack(frames, WalkStatus::Complete);
         }
         1 => {
-            snapshot_request(interpreter.memory(), &layout, &mut scratch, &mut capture.request);
+            snapshot_request(interpreter.memory(), &layout, &mut scratch, &capture.frames, &mut capture.request);
             Inspector::new(interpreter).request(&capture.request);
         }
         2 => {

@@ -109,7 +109,7 @@ fn check(interpreter: Arc<Interpreter>, thread: &PyThreadInfo, expected: &Expect
     // Again, from the cache.
     assert_eq!(inspector.stack(frames, WalkStatus::Complete), stack, "{name}");
 
-    snapshot_request(interpreter.memory(), &interpreter.layout(), &mut scratch, &mut capture.request);
+    snapshot_request(interpreter.memory(), &interpreter.layout(), &mut scratch, &capture.frames, &mut capture.request);
     let request = inspector.request(&capture.request);
     check_request(&name, request.as_ref(), expected.request);
 
@@ -464,7 +464,7 @@ fn look_at_everything(interpreter: &Arc<Interpreter>, thread: &PyThreadInfo) {
     let mut capture: CaptureRecord = unsafe { std::mem::zeroed() };
     let mut scratch = Scratch::default();
     walk(interpreter, thread, &mut scratch, &mut capture);
-    snapshot_request(interpreter.memory(), &interpreter.layout(), &mut scratch, &mut capture.request);
+    snapshot_request(interpreter.memory(), &interpreter.layout(), &mut scratch, &capture.frames, &mut capture.request);
     let mut inspector = Inspector::new(interpreter.clone());
     inspector.stack(&capture.frames[..capture.frame_count as usize], WalkStatus::Complete);
     inspector.request(&capture.request);

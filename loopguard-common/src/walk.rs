@@ -55,6 +55,8 @@ const MAX_DICT_ENTRIES: usize = 32;
 /// Headers that are looked at.
 const MAX_HEADERS: usize = 32;
 
+const _: () = assert!(MAX_HEADERS <= 2 * MAX_DICT_ENTRIES);
+
 /// Scratch memory of the walks of one thread; in the kernel it lives in a map.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +68,8 @@ pub struct Scratch {
     /// one, itself counted.
     known_local: u64,
     known_local_depth: u64,
+    /// By which code the frames got there, from the outermost one; 0: nothing is known.
+    known_way: u64,
     /// How many locals the last walk saw, and how many of them were not looked at yet: the first ones.
     locals_count: u64,
     locals_left: u64,
@@ -79,7 +83,7 @@ pub struct Scratch {
     keys: ScopeFields,
     /// The second and the first local of each frame of the last walk, innermost frame first.
     locals: [u64; MAX_LOCALS],
-    /// Of the dict that is looked at.
+    /// Of the dict that is looked at, then the headers.
     entry_count: u64,
     entries: [[u64; 2]; MAX_DICT_ENTRIES],
 }
@@ -91,6 +95,7 @@ impl Default for Scratch {
             known_scope: 0,
             known_local: 0,
             known_local_depth: 0,
+            known_way: 0,
             locals_count: 0,
             locals_left: 0,
             last_dict: 0,
@@ -121,6 +126,7 @@ impl Scratch {
     #[inline(always)]
     pub fn change_process(&mut self) {
         self.known_scope = 0;
+        self.known_way = 0;
         self.keys = ScopeFields::NONE;
     }
 }
@@ -330,25 +336,59 @@ fn dict_behind<M: Memory>(memory: &M, layout: &PyLayout, local: u64, last: u64) 
     if of_type == layout.dict_type { object } else { 0 }
 }
 
-/// Copies the request from the outermost ASGI scope among the frames of the last walk, the route from the first that
+/// Copies the request from the outermost ASGI scope among `frames`, those of the last walk, the route from the first that
 /// has one (middleware may hand on a copy). What was copied before of the [known scope](Scratch::known_scope) stays.
 #[inline(always)]
-pub fn snapshot_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch, out: &mut RequestSnapshot) {
+pub fn snapshot_request<M: Memory>(
+    memory: &M,
+    layout: &PyLayout,
+    scratch: &mut Scratch,
+    frames: &[RawFrame; MAX_FRAMES],
+    out: &mut RequestSnapshot,
+) {
     let locals_count = read_back(&scratch.locals_count);
-    if scratch.known_scope != 0 && out.route != 0 {
-        // Nearly always: the same scope as before, in the same place.
-        let at = locals_count.wrapping_sub(scratch.known_local_depth);
-        let local = scratch.locals[(at & (MAX_LOCALS as u64 - 1)) as usize];
-        if at < locals_count && local == scratch.known_local {
-            return;
-        }
+    let at = locals_count.wrapping_sub(scratch.known_local_depth);
+    let local = scratch.locals[(at & (MAX_LOCALS as u64 - 1)) as usize];
+    // Nearly always: the same scope as before, in the same place.
+    if scratch.known_scope != 0 && out.route != 0 && at < locals_count && local == scratch.known_local {
+        return;
     }
-    scratch.locals_left = locals_count;
-    let outermost = next_dict(memory, layout, scratch);
+    let mut outermost = 0;
+    // Mostly, in another step: where the same code kept it before. What its callers have was looked into then.
+    if scratch.known_way != 0 && at < locals_count && scratch.known_way == way(scratch, frames) {
+        outermost = dict_behind(memory, layout, local, 0);
+        scratch.last_dict = outermost;
+        scratch.locals_left = at;
+        // Unless it is a request's again, the next look begins with the outermost frame.
+        scratch.known_way = 0;
+    }
+    if outermost == 0 {
+        scratch.locals_left = locals_count;
+        outermost = next_dict(memory, layout, scratch);
+    }
     if outermost != 0 && outermost == scratch.known_scope && out.route != 0 {
         return;
     }
     snapshot_dicts(memory, layout, outermost, scratch, out);
+    if out.scope != 0 {
+        scratch.known_way = way(scratch, frames);
+    }
+}
+
+/// The code from the outermost frame to the one of the known local, in one number.
+#[inline(always)]
+fn way(scratch: &Scratch, frames: &[RawFrame; MAX_FRAMES]) -> u64 {
+    let count = read_back(&scratch.locals_count) / 2;
+    let frames_to_it = read_back(&scratch.known_local_depth).div_ceil(2);
+    let mut way = frames_to_it;
+    for i in 0..MAX_FRAMES as u64 {
+        if i >= frames_to_it {
+            break;
+        }
+        let at = count.wrapping_sub(1 + i) & (MAX_FRAMES as u64 - 1);
+        way = way.rotate_left(7) ^ frames[at as usize].code;
+    }
+    way
 }
 
 /// Copies the facts of the request behind `scope`, a dict, whatever frames hold it. `false`: not an HTTP or websocket
@@ -543,13 +583,18 @@ fn copy_request<M: Memory>(memory: &M, layout: &PyLayout, scratch: &mut Scratch,
     clear(&mut out.request_id);
     clear(&mut out.traceparent);
     let headers = scratch.request.headers;
-    let count = memory.read_u64(headers.wrapping_add(layout.var_size as u64));
     let items = memory.read_u64(headers.wrapping_add(layout.list_items as u64));
-    for i in 0..MAX_HEADERS as u64 {
-        if i >= count {
+    scratch.entry_count = memory.read_u64(headers.wrapping_add(layout.var_size as u64));
+    let count = read_back(&scratch.entry_count).min(MAX_HEADERS as u64);
+    // SAFETY: so many words fit.
+    if !unsafe { memory.read_raw(items, scratch.entries.as_mut_ptr().cast(), (count * 8) as usize) } {
+        return;
+    }
+    for i in 0..MAX_HEADERS {
+        if i as u64 >= read_back(&scratch.entry_count) {
             break;
         }
-        let pair = memory.read_u64(items.wrapping_add(i * 8));
+        let pair = scratch.entries.as_flattened()[i];
         let mut header = [0u64; 2];
         if pair == 0
             || !memory.read(pair.wrapping_add(layout.tuple_items as u64), &mut header)
@@ -606,6 +651,8 @@ mod tests {
     const SCOPE: u64 = 0x10_0000;
     const OTHER: u64 = 0x20_0000;
     const CELL: u64 = 0x30_0000;
+
+    const FRAMES: [RawFrame; MAX_FRAMES] = [RawFrame { code: 0, instr: 0, fingerprint: 0 }; MAX_FRAMES];
 
     /// Words by address; others are 0. Counts what is read.
     #[derive(Default)]
@@ -700,7 +747,7 @@ mod tests {
             scratch.last_dict = 0;
             scratch.known_scope = known_scope;
             memory.reads.set(0);
-            snapshot_request(&memory, &layout, &mut scratch, &mut out);
+            snapshot_request(&memory, &layout, &mut scratch, &FRAMES, &mut out);
             (memory.reads.get(), out.scope)
         };
         let locals: Vec<u64> = [0, 0, 0, CELL, OTHER, 0].into();
@@ -712,5 +759,52 @@ mod tests {
         // In another step it may be another request, and elsewhere it is one.
         assert!(snapshot(0, &locals).0 > 0);
         assert_eq!(snapshot(SCOPE, &[0, 0, 0, 0, OTHER, 0]).1, 0);
+    }
+
+    /// A server calls all its handlers by the same way, so the next request stands where the last one stood.
+    #[test]
+    fn another_request_is_looked_for_where_the_last_one_stood() {
+        const NEXT: u64 = 0x50_0000;
+        let layout = layout();
+        let mut memory = Words::default();
+        let http = memory.string(0x40_0000, b"http");
+        let lifespan = memory.string(0x48_0000, b"lifespan");
+        memory.dict(OTHER, &[(b"kind", http), (b"name", http), (b"owner", http)]);
+        for (scope, kind) in [(SCOPE, http), (NEXT, http), (SCOPE + 0x8_0000, lifespan)] {
+            memory.dict(scope, &[(b"type", kind), (b"path", kind), (b"headers", 0x42_0000), (b"route", 0x43_0000)]);
+        }
+        let mut scratch = Scratch::default();
+        // SAFETY: integers only.
+        let mut out: RequestSnapshot = unsafe { core::mem::zeroed() };
+        // Each in a step of its own; `codes` and `locals` innermost first.
+        let mut snapshot = |codes: &[u64], locals: &[u64]| {
+            let mut frames = FRAMES;
+            for (frame, code) in frames.iter_mut().zip(codes) {
+                frame.code = *code;
+            }
+            scratch.locals[..locals.len()].copy_from_slice(locals);
+            scratch.locals_count = locals.len() as u64;
+            scratch.last_dict = 0;
+            scratch.known_scope = 0;
+            memory.reads.set(0);
+            snapshot_request(&memory, &layout, &mut scratch, &frames, &mut out);
+            (memory.reads.get(), out.scope)
+        };
+        let (first, scope) = snapshot(&[30, 20, 10], &[0, 0, 0, SCOPE, OTHER, OTHER]);
+        assert_eq!(scope, SCOPE);
+        let (next, scope) = snapshot(&[30, 20, 10], &[0, 0, 0, NEXT, OTHER, OTHER]);
+        assert_eq!(scope, NEXT);
+        // Neither the other dict nor its keys.
+        assert!(next + 4 < first, "{next} after {first}");
+        // One call deeper it stands as far from the outermost frame.
+        let deeper = snapshot(&[40, 30, 20, 10], &[0, 0, 0, 0, 0, NEXT, OTHER, OTHER]);
+        assert!(deeper.0 <= next && deeper.1 == NEXT, "{deeper:?} after {next}");
+        // By another way an outer frame may have one as well.
+        let (by_another_way, scope) = snapshot(&[30, 20, 11], &[0, 0, 0, NEXT, SCOPE, OTHER]);
+        assert!(by_another_way > next && scope == SCOPE);
+        // What is there is no request's: the next time nothing is taken for granted.
+        assert_eq!(snapshot(&[30, 20, 11], &[0, NEXT, 0, OTHER, SCOPE + 0x8_0000, OTHER]).1, NEXT);
+        assert_eq!(snapshot(&[30, 20, 11], &[0, 0, 0, 0, 7, OTHER]).1, 0);
+        assert_eq!(snapshot(&[30, 20, 11], &[0, 0, 0, 0, NEXT, SCOPE]).1, SCOPE);
     }
 }

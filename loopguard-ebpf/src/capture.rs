@@ -138,7 +138,7 @@ pub extern "C" fn capture_take(slot: u32, now: u64) -> u32 {
     {
         let thread = PyThread { state: target.thread.thread_state, native_thread_id: target.thread.native_thread_id };
         walk_frames(&OwnMemory, layout, thread, scratch, record);
-        snapshot_request(&OwnMemory, layout, scratch, &mut record.request);
+        snapshot_request(&OwnMemory, layout, scratch, &record.frames, &mut record.request);
     } else {
         record.request.scope = 0;
     }

@@ -340,7 +340,7 @@ impl Live {
         let (memory, layout) = (python.interpreter.memory(), python.interpreter.layout());
         let _glance = memory.glance();
         walk_frames(memory, &layout, thread.walked(), &mut scratch, record);
-        snapshot_request(memory, &layout, &mut scratch, &mut record.request);
+        snapshot_request(memory, &layout, &mut scratch, &record.frames, &mut record.request);
         Some(record.walk == WalkStatus::Complete as u32)
     }
 }
