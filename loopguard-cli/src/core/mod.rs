@@ -15,4 +15,4 @@ pub mod summary;
 pub mod threshold;
 
 #[cfg(test)]
-mod story;
+pub(crate) mod story;

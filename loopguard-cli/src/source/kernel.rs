@@ -633,6 +633,11 @@ impl Kernel {
         self.clocks.get(self.slot_of(tid)?)
     }
 
+    /// Whether a watched thread is still in this step.
+    pub fn is_running(&self, tid: Tid, seq: u64) -> bool {
+        self.clock(tid).is_some_and(|clock| clock.step_seq == seq && clock.in_tick())
+    }
+
     /// What was captured of a watched thread when it last went to sleep in a step.
     pub fn last_capture(&self, tid: Tid) -> Option<Box<CaptureRecord>> {
         let CaptureBuffer { record, .. } = self.captures.get(&self.slot_of(tid)?, 0).ok()?;

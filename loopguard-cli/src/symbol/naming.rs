@@ -2,6 +2,9 @@
 //!
 //! The first look into a large file takes long. Meanwhile records are taken from the kernel as ever; only what comes out
 //! waits, and not without end.
+//!
+//! A capture is taken when a step may become a block, and most steps of a healthy loop that get that old end before they
+//! do: nobody will see their stacks, so those are not named.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -32,6 +35,8 @@ const TOGETHER: Duration = Duration::from_millis(50);
 const MAX_TOGETHER: usize = 64;
 /// How long an event waits at most.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Whether a step becomes a block is waited for so long before its stack is named anyway.
+const OPEN_FOR: Duration = Duration::from_millis(100);
 
 /// How often it is seen to whether what was read of symbol files can be let go of, while there is something.
 const TRIM_EVERY: Duration = Duration::from_millis(100);
@@ -42,19 +47,21 @@ const FOREVER: Duration = Duration::from_secs(3600);
 const QUEUE_FULL: &str = "too many stacks waited to be named";
 const TOO_SLOW: &str = "naming its functions took too long";
 const FAILED: &str = "its functions could not be named";
+const NOT_TOLD: &str = "its step was over before it was a block";
 
 /// Events on their way to the core.
 pub struct Naming {
     work: Sender<Work>,
-    /// Stacks that go to the thread together, and when the last ones did.
-    together: Vec<(u64, Box<RawStack>)>,
+    /// Stacks that are yet to go to the thread, together, and when the last ones did.
+    together: Vec<Waiting>,
     sent_at: Instant,
     /// Stacks that wait, and the bytes of their copies.
     queued: usize,
     queued_bytes: usize,
     done: Receiver<Done>,
     held: VecDeque<Held>,
-    next_ticket: u64,
+    /// The number of the first event that is held.
+    first: u64,
     unnamed: u64,
     counts: StackCounts,
     /// Threads whose stacks are larger than what was copied of them.
@@ -67,7 +74,30 @@ pub enum Seen {
     /// An event whose stack, if it has one, is as good as it gets.
     Event(Event),
     /// A capture that holds its Python frames, and what its full stack is to be made of.
-    WithStack(Capture, Box<RawStack>),
+    WithStack(Capture, Box<RawStack>, Fate),
+}
+
+/// What is known of the step of a capture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Whether it will be told shows when it ends.
+    Open,
+    /// It is told.
+    Told,
+}
+
+/// A stack that is to be named if its step is told.
+struct Waiting {
+    /// The number of its event.
+    event: u64,
+    raw: Box<RawStack>,
+    /// The step.
+    tid: Tid,
+    seq: u64,
+    fate: Fate,
+    /// The step was seen to be over; what there is to tell of it was sent before.
+    is_over: bool,
+    since: Instant,
 }
 
 enum Work {
@@ -77,15 +107,15 @@ enum Work {
 }
 
 enum Done {
-    /// With the bytes that its copy had.
+    /// For the event of that number, with the bytes that its copy had.
     Stack(u64, usize, Box<NamedStack>),
     Nameless(String),
 }
 
 struct Held {
     event: Event,
-    /// Of the stack it waits for.
-    ticket: Option<u64>,
+    /// For its stack.
+    waits: bool,
     since: Instant,
 }
 
@@ -105,7 +135,7 @@ impl Naming {
             queued_bytes: 0,
             done,
             held: VecDeque::new(),
-            next_ticket: 0,
+            first: 0,
             unnamed: 0,
             counts: StackCounts::default(),
             outgrown: BTreeSet::new(),
@@ -124,61 +154,107 @@ impl Naming {
 
     fn send(&mut self, work: Work) {
         // What came before is named before.
-        self.send_together();
+        self.send_together(|_| true);
         // Both are only better done than not.
         let _ = self.work.send(work);
     }
 
     /// Takes what follows on what was taken before.
     pub fn pass(&mut self, seen: Seen) {
-        let (mut capture, raw) = match seen {
-            Seen::Event(event) => return self.hold(event, None),
-            Seen::WithStack(capture, raw) => (capture, raw),
+        let (mut capture, raw, fate) = match seen {
+            Seen::Event(event) => {
+                match &event {
+                    Event::Step(step) => self.is_told(step.tid, step.seq),
+                    Event::StillOpen(open) => self.is_told(open.tid, open.seq),
+                    _ => {}
+                }
+                self.hold(event, false);
+                return;
+            }
+            Seen::WithStack(capture, raw, fate) => (capture, raw, fate),
         };
         let size = raw.copy.bytes.len();
         if self.queued >= MAX_QUEUED || self.queued_bytes + size > MAX_QUEUED_BYTES {
             mark(&mut capture, QUEUE_FULL);
             self.counts.unwound += 1;
             *self.counts.incomplete.entry(QUEUE_FULL).or_default() += 1;
-            return self.hold(Event::Capture(capture), None);
+            self.hold(Event::Capture(capture), false);
+            return;
         }
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
         self.queued += 1;
         self.queued_bytes += size;
-        self.hold(Event::Capture(capture), Some(ticket));
-        self.together.push((ticket, raw));
+        let (tid, seq) = (capture.tid, capture.step_seq);
+        if fate == Fate::Told {
+            self.is_told(tid, seq);
+        }
+        let event = self.hold(Event::Capture(capture), true);
+        self.together.push(Waiting { event, raw, tid, seq, fate, is_over: false, since: Instant::now() });
         self.send_if_due();
+    }
+
+    fn is_told(&mut self, tid: Tid, seq: u64) {
+        for waiting in self.together.iter_mut().filter(|waiting| (waiting.tid, waiting.seq) == (tid, seq)) {
+            waiting.fate = Fate::Told;
+        }
+    }
+
+    /// Leaves stacks unnamed whose steps are over and were not told. To be called when all records were passed on that
+    /// were there, with what says whether a step still runs: one that is over now may have been told just after that, so
+    /// it counts the next time.
+    pub fn settle(&mut self, runs: impl Fn(Tid, u64) -> bool) {
+        let together = std::mem::take(&mut self.together);
+        for mut waiting in together {
+            if waiting.fate == Fate::Open && waiting.is_over {
+                self.give_up(waiting.event, waiting.raw.copy.bytes.len(), NOT_TOLD);
+                continue;
+            }
+            waiting.is_over = !runs(waiting.tid, waiting.seq);
+            self.together.push(waiting);
+        }
     }
 
     fn send_if_due(&mut self) {
         if self.together.len() >= MAX_TOGETHER || self.sent_at.elapsed() >= TOGETHER {
-            self.send_together();
+            self.send_together(|waiting| waiting.fate == Fate::Told || waiting.since.elapsed() >= OPEN_FOR);
         }
     }
 
-    fn send_together(&mut self) {
-        if self.together.is_empty() {
+    fn send_together(&mut self, is_due: impl Fn(&Waiting) -> bool) {
+        let due: Vec<_> = self.together.extract_if(.., |waiting| is_due(waiting)).collect();
+        if due.is_empty() {
             return;
         }
         self.sent_at = Instant::now();
-        let Err(SendError(work)) = self.work.send(Work::Name(std::mem::take(&mut self.together))) else { return };
+        let due = due.into_iter().map(|waiting| (waiting.event, waiting.raw)).collect();
+        let Err(SendError(work)) = self.work.send(Work::Name(due)) else { return };
         // The thread is gone.
         let Work::Name(unnamed) = work else { return };
-        for (ticket, raw) in unnamed {
-            self.queued -= 1;
-            self.queued_bytes -= raw.copy.bytes.len();
-            if let Some(held) = self.held.iter_mut().find(|held| held.ticket == Some(ticket)) {
-                held.ticket = None;
-                if let Event::Capture(capture) = &mut held.event {
-                    mark(capture, FAILED);
-                }
+        for (event, raw) in unnamed {
+            self.give_up(event, raw.copy.bytes.len(), FAILED);
+        }
+    }
+
+    /// The event goes on as it is.
+    fn give_up(&mut self, event: u64, size: usize, why: &'static str) {
+        self.queued -= 1;
+        self.queued_bytes -= size;
+        if let Some(held) = self.held_mut(event) {
+            held.waits = false;
+            if let Event::Capture(capture) = &mut held.event {
+                mark(capture, why);
             }
         }
     }
 
-    fn hold(&mut self, event: Event, ticket: Option<u64>) {
-        self.held.push_back(Held { event, ticket, since: Instant::now() });
+    /// Returns its number.
+    fn hold(&mut self, event: Event, waits: bool) -> u64 {
+        self.held.push_back(Held { event, waits, since: Instant::now() });
+        self.first + self.held.len() as u64 - 1
+    }
+
+    /// None: it has gone on without its stack.
+    fn held_mut(&mut self, event: u64) -> Option<&mut Held> {
+        self.held.get_mut(usize::try_from(event.checked_sub(self.first)?).ok()?)
     }
 
     /// Appends the events that are ready, in the order they came.
@@ -187,37 +263,32 @@ impl Naming {
         while let Ok(done) = self.done.try_recv() {
             self.take(done);
         }
-        while let Some(first) = self.held.front() {
-            let has_waited = self.held.len() > MAX_HELD || first.since.elapsed() > PATIENCE;
-            if first.ticket.is_some() && !has_waited {
+        while let Some(held) = self.held.front() {
+            let has_waited = self.held.len() > MAX_HELD || held.since.elapsed() > PATIENCE;
+            if held.waits && !has_waited {
                 break;
             }
-            let Some(Held { mut event, ticket, .. }) = self.held.pop_front() else { break };
-            if let (Event::Capture(capture), Some(_)) = (&mut event, ticket) {
-                mark(capture, TOO_SLOW);
-            }
-            events.push(event);
+            let Some(held) = self.held.pop_front() else { break };
+            self.first += 1;
+            events.push(held.into_event());
         }
     }
 
     fn take(&mut self, done: Done) {
         match done {
             Done::Nameless(notice) => self.notices.push(notice),
-            Done::Stack(ticket, size, named) => {
+            Done::Stack(event, size, named) => {
                 self.queued -= 1;
                 self.queued_bytes -= size;
                 self.unnamed += named.unnamed;
                 self.count(named.end);
-                // Stacks come back in the order they went.
-                let waiting = self.held.iter_mut().find(|held| held.ticket.is_some());
-                if let Some(held) = waiting.filter(|held| held.ticket == Some(ticket)) {
-                    held.ticket = None;
-                    if let Event::Capture(capture) = &mut held.event {
-                        if named.end == Some(End::BeyondCopy) {
-                            self.outgrown.insert(capture.tid);
-                        }
-                        capture.stack = Arc::new(named.stack);
-                    }
+                let Some(held) = self.held_mut(event) else { return };
+                held.waits = false;
+                let Event::Capture(capture) = &mut held.event else { return };
+                let tid = capture.tid;
+                capture.stack = Arc::new(named.stack);
+                if named.end == Some(End::BeyondCopy) {
+                    self.outgrown.insert(tid);
                 }
             }
         }
@@ -239,21 +310,16 @@ impl Naming {
 
     /// Waits for all stacks there are and releases everything.
     pub fn finish(&mut self, events: &mut Vec<Event>) {
-        self.send_together();
+        self.send_together(|_| true);
         let until = Instant::now() + PATIENCE;
-        while self.held.iter().any(|held| held.ticket.is_some()) {
+        while self.held.iter().any(|held| held.waits) {
             match self.done.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(done) => self.take(done),
                 Err(_) => break,
             }
         }
-        for held in self.held.drain(..) {
-            let mut event = held.event;
-            if let (Event::Capture(capture), Some(_)) = (&mut event, held.ticket) {
-                mark(capture, TOO_SLOW);
-            }
-            events.push(event);
-        }
+        self.first += self.held.len() as u64;
+        events.extend(self.held.drain(..).map(Held::into_event));
     }
 
     /// Native calls that have no name.
@@ -268,6 +334,16 @@ impl Naming {
 
     pub fn take_notices(&mut self) -> Vec<String> {
         std::mem::take(&mut self.notices)
+    }
+}
+
+impl Held {
+    /// Without its stack if that has not come.
+    fn into_event(mut self) -> Event {
+        if let (Event::Capture(capture), true) = (&mut self.event, self.waits) {
+            mark(capture, TOO_SLOW);
+        }
+        self.event
     }
 }
 
@@ -356,4 +432,76 @@ fn advice(object: &Object) -> Vec<String> {
         advice.push(format!("or install its debug information as /usr/lib/debug/.build-id/{first:02x}/{rest}.debug"));
     }
     advice
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::story::{TID, sample, step};
+
+    fn capture(seq: u64, fate: Fate) -> Seen {
+        Seen::WithStack(sample(seq, 30, "A work"), Box::default(), fate)
+    }
+
+    /// The step of each capture that comes out, and why its stack is not all there; one of nothing is complete.
+    fn stacks(events: &[Event]) -> Vec<(u64, Option<&'static str>)> {
+        let captures = events.iter().filter_map(|event| match event {
+            Event::Capture(capture) => Some((capture.step_seq, capture.stack.incomplete)),
+            _ => None,
+        });
+        captures.collect()
+    }
+
+    #[test]
+    fn the_stack_of_a_step_that_is_not_told_is_not_named() {
+        let (mut naming, mut events) = (Naming::start().unwrap(), Vec::new());
+        naming.pass(capture(1, Fate::Open));
+        // It runs; then it is over, and all that was sent of it has come.
+        for runs in [true, true, false] {
+            naming.settle(|_, _| runs);
+            assert_eq!(naming.queued, 1);
+        }
+        naming.settle(|_, _| false);
+        naming.release(&mut events);
+        assert_eq!(stacks(&events), [(1, Some(NOT_TOLD))]);
+        assert_eq!((naming.counts().unwound, naming.queued, naming.queued_bytes), (0, 0, 0));
+    }
+
+    #[test]
+    fn a_step_that_is_told_after_it_was_seen_to_be_over_has_its_stacks() {
+        let (mut naming, mut events) = (Naming::start().unwrap(), Vec::new());
+        naming.pass(capture(1, Fate::Open));
+        naming.pass(capture(1, Fate::Open));
+        naming.settle(|_, _| false);
+        naming.pass(Seen::Event(Event::Step(step(1, 0..60))));
+        naming.settle(|_, _| false);
+        naming.finish(&mut events);
+        assert_eq!(stacks(&events), [(1, None); 2]);
+        assert!(matches!(events.last(), Some(Event::Step(_))));
+        assert_eq!(naming.counts().unwound, 2);
+    }
+
+    #[test]
+    fn events_keep_their_order_whichever_stack_is_named_first() {
+        let (mut naming, mut events) = (Naming::start().unwrap(), Vec::new());
+        naming.pass(capture(1, Fate::Open));
+        naming.pass(Seen::Event(Event::TimePassed { now_ns: 1 }));
+        naming.pass(capture(2, Fate::Told));
+        naming.pass(Seen::Event(Event::LoopGone { tid: TID }));
+        // The second is named; the first holds it up.
+        naming.send_together(|waiting| waiting.fate == Fate::Told);
+        let done = naming.done.recv_timeout(PATIENCE).expect("the thread is there");
+        naming.take(done);
+        naming.settle(|_, _| false);
+        naming.settle(|_, _| false);
+        naming.pass(capture(3, Fate::Told));
+        naming.finish(&mut events);
+        assert_eq!(stacks(&events).iter().map(|(seq, _)| *seq).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(stacks(&events)[1..], [(2, None), (3, None)]);
+        let kinds = [1, 3].map(|at| std::mem::discriminant(&events[at]));
+        assert_eq!(
+            kinds,
+            [Event::TimePassed { now_ns: 1 }, Event::LoopGone { tid: TID }].map(|event| std::mem::discriminant(&event))
+        );
+    }
 }

@@ -101,7 +101,7 @@ impl Live {
             self.watch_closely(record.header.tgid);
         }
         let runs = |live: &Self| match freshness {
-            Freshness::Unknown => live.is_running(tid, record.step_seq),
+            Freshness::Unknown => live.kernel.is_running(tid, record.step_seq),
             Freshness::JustTaken => true,
         };
         let facts = &mut self.loops.get_mut(&tid)?.step;
@@ -144,7 +144,7 @@ impl Live {
             (None, None) if runs(self) => {
                 let owner = self.owner_by_task(record);
                 // Between the look and the reading the step may have ended, and its memory be another's.
-                if self.is_running(tid, record.step_seq) {
+                if self.kernel.is_running(tid, record.step_seq) {
                     owner
                 } else {
                     Owner::Unknown("the step ended before its task could be read")
@@ -158,7 +158,7 @@ impl Live {
             Some(on) => on,
             None if is_wait && runs(self) => {
                 let on = self.waits_on(record);
-                if self.is_running(tid, record.step_seq) { on } else { None }
+                if self.kernel.is_running(tid, record.step_seq) { on } else { None }
             }
             None => None,
         };
@@ -212,10 +212,6 @@ impl Live {
         }
     }
 
-    pub(super) fn is_running(&self, tid: Tid, seq: u64) -> bool {
-        self.kernel.clock(tid).is_some_and(|clock| clock.step_seq == seq && clock.in_tick())
-    }
-
     /// Takes all records that are there, and looks at the steps that are old and still wait. Returns when to come back:
     /// most records and all stacks that have been named wake nobody.
     pub fn watch(&mut self, events: &mut Vec<Event>) -> Result<Duration> {
@@ -230,6 +226,8 @@ impl Live {
         for seen in seen {
             self.naming.pass(seen);
         }
+        let kernel = &self.kernel;
+        self.naming.settle(|tid, seq| kernel.is_running(tid, seq));
         self.naming.release(events);
         let patience = if self.governor.effort().reads_details { 1 } else { PATIENCE };
         Ok(Duration::from_nanos(next_in_ns) * patience)

@@ -16,7 +16,11 @@ use crate::{
     core::event::{Capture, Event, Frame, FrameKind, Origin, Tid},
     runtime::{cpython::incomplete, memory::ProcessMemory},
     source::decode::{Record, decode},
-    symbol::{RawStack, naming::Seen, unwind::StackCopy},
+    symbol::{
+        RawStack,
+        naming::{Fate, Seen},
+        unwind::StackCopy,
+    },
 };
 
 /// Copies that wait for their captures; more are only there when captures were lost.
@@ -132,7 +136,13 @@ impl Live {
             None => (Vec::new(), None),
         };
         let kernel = capture.wait.as_ref().filter(|_| record.syscall >= 0).map(|wait| system_call(&wait.syscall));
-        Seen::WithStack(capture, Box::new(RawStack { pid, copy, kernel, python, python_incomplete }))
+        let age_ns = record.until_ns.saturating_sub(record.step_start_ns);
+        // A worker's long poll may be told only when its thread does the next thing.
+        let fate = match self.loops.get(&record.header.tid) {
+            Some(known) if known.python.is_some() && age_ns < known.pace.threshold_ns => Fate::Open,
+            _ => Fate::Told,
+        };
+        Seen::WithStack(capture, Box::new(RawStack { pid, copy, kernel, python, python_incomplete }), fate)
     }
 }
 

@@ -20,7 +20,7 @@ impl Live {
         let inspector = &mut self.targets.get_mut(&pid)?.python.as_mut()?.inspector;
         let (requests, unread) = inspector.requests_in_flight(&thread, running).ok()?;
         // What was read holds only if the loop could not run meanwhile.
-        self.is_running(tid, step_seq).then(|| {
+        self.kernel.is_running(tid, step_seq).then(|| {
             let requests = requests.into_iter().map(Arc::new).collect();
             Event::InFlight(InFlight { tid, step_seq, requests, unread })
         })
