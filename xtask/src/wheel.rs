@@ -13,8 +13,6 @@ use crate::step::{self, say};
 
 const PACKAGE: &str = "loopguard-py";
 const REQUIREMENTS: &str = "xtask/requirements-wheel.txt";
-/// What the package is built with: all of it in one piece, for it is small and every cache line counts.
-const PROFILE: &str = "fat-lto";
 
 pub struct Wheel {
     file: PathBuf,
@@ -32,7 +30,7 @@ impl Wheel {
         let mut maturin = Command::new(venv.program("maturin"));
         toolchain::without_outer_cargo(&mut maturin, std::env::vars_os().map(|(name, _)| name));
         maturin
-            .args(["build", "--locked", "--profile", PROFILE, "--interpreter"])
+            .args(["build", "--locked", "--interpreter"])
             .arg(venv.python())
             .arg("--out")
             .arg(&out)
