@@ -32,6 +32,12 @@ def sleeps():
     time.sleep(WAIT_S)  # line: sleeps
 
 
+def sleeps_again():
+    # A wait that begins so soon after another one is not worth a copy of the stack, while it is not known how long it is.
+    time.sleep(0.000001)
+    time.sleep(WAIT_S)  # line: sleeps_again
+
+
 def hashes():
     end = time.perf_counter() + WAIT_S
     while time.perf_counter() < end:
@@ -75,7 +81,7 @@ async def step(function):
 
 async def main():
     while not ended.is_set():
-        for function in (sleeps, hashes, reads_socket, waits_for_child):
+        for function in (sleeps, sleeps_again, hashes, reads_socket, waits_for_child):
             await asyncio.create_task(step(function))
         held.clear()
         holder = threading.Thread(target=hold_lock)

@@ -17,7 +17,7 @@ use super::Live;
 use crate::{
     core::event::{Capture, CapturedWait, Event, How, OpenStep, Owner, RequestFacts, Stack, Step, StepWait, Tid},
     source::{process, syscall},
-    symbol::naming::Seen,
+    symbol::{naming::Seen, unwind::StackCopy},
 };
 
 /// Steps that wait are looked at this many times within one threshold.
@@ -45,6 +45,8 @@ pub(super) struct StepFacts {
     looked_at: bool,
     /// What was seen then, of a wait that had begun before it was known where the thread keeps its frames.
     looked: Option<Box<CaptureRecord>>,
+    /// What was copied of its stack then, of a wait of which the kernel programs copied nothing, and when that began.
+    copied: Option<(u64, StackCopy)>,
     /// Who else is in flight was read.
     pub(super) counted: bool,
     report_ongoing_ns: u64,
@@ -89,6 +91,13 @@ impl Live {
             record.frames = looked.frames;
             record.request = looked.request;
         }
+    }
+
+    /// The stack of a wait that was looked at from here, where the kernel programs copied nothing of it: it began too soon
+    /// after another one.
+    pub(super) fn copied_meanwhile(&mut self, record: &CaptureRecord) -> Option<StackCopy> {
+        let copied = &mut self.loops.get_mut(&record.header.tid)?.step.copied;
+        copied.take_if(|(since_ns, _)| *since_ns == record.at_ns).map(|(_, copy)| copy)
     }
 
     pub(super) fn capture(&mut self, record: &CaptureRecord, freshness: Freshness) -> Option<Capture> {
@@ -260,11 +269,13 @@ impl Live {
                 {
                     let is_read = self.governor.effort().reads_details;
                     let copy = if is_read { self.copy_stack(&record) } else { None };
+                    let copied = if record.stack_pages == 0 { copy.clone() } else { None };
                     seen.push(self.seen(&record, capture, copy));
-                    if let Some(known) = self.loops.get_mut(&tid)
-                        && clock.wait_start_ns < known.since_ns
-                    {
-                        known.step.looked = Some(record);
+                    if let Some(known) = self.loops.get_mut(&tid) {
+                        known.step.copied = copied.map(|copy| (clock.wait_start_ns, copy));
+                        if clock.wait_start_ns < known.since_ns {
+                            known.step.looked = Some(record);
+                        }
                     }
                 }
             }

@@ -311,7 +311,7 @@ impl Live {
                 Ok(Record::Capture(mut record)) => {
                     self.introduce(record.header.tid, events)?;
                     self.complete(&mut record);
-                    let copy = self.pages.take(&record);
+                    let copy = self.pages.take(&record).or_else(|| self.copied_meanwhile(&record));
                     if let Some(capture) = self.capture(&record, Freshness::Unknown) {
                         let seen = self.seen(&record, capture, copy);
                         self.pass_events(events);
