@@ -33,7 +33,7 @@ def sleeps():
 
 
 def sleeps_again():
-    # A wait that begins so soon after another one is not worth a copy of the stack, while it is not known how long it is.
+    # A wait so soon after another one is not worth a copy of the stack as long as nobody knows that it is long.
     time.sleep(0.000001)
     time.sleep(WAIT_S)  # line: sleeps_again
 
