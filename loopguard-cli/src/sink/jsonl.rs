@@ -573,8 +573,15 @@ fn ms(ns: u64) -> f64 {
 /// JSON escapes C0 controls by itself. The others would reach a terminal that shows the line.
 struct SafeStrings(CompactFormatter);
 
+/// The only other one that is ASCII.
+const DELETE: u8 = 0x7f;
+
 impl Formatter for SafeStrings {
     fn write_string_fragment<W: ?Sized + Write>(&mut self, out: &mut W, fragment: &str) -> io::Result<()> {
+        // Nearly all strings: a path has some fifty characters, a block some fifty paths.
+        if fragment.is_ascii() && !fragment.as_bytes().contains(&DELETE) {
+            return self.0.write_string_fragment(out, fragment);
+        }
         let mut rest = fragment;
         while let Some((at, char)) = rest.char_indices().find(|(_, char)| is_dangerous(*char)) {
             self.0.write_string_fragment(out, &rest[..at])?;
@@ -756,6 +763,17 @@ mod tests {
         "threads":[{
         "pid":1234,"tid":1235,"thread":"uvicorn","runtime":"uvloop","ticks":48211,"blocks":12,"blocked_ms":1240.0}]}
         "#);
+    }
+
+    #[test]
+    fn no_dangerous_character_stands_for_itself() {
+        for char in '\0'..='\u{ffff}' {
+            let (text, mut line) = (format!("a{char}b"), Vec::new());
+            text.serialize(&mut Serializer::with_formatter(&mut line, SafeStrings(CompactFormatter))).unwrap();
+            let line = String::from_utf8(line).unwrap();
+            assert!(!line.chars().any(is_dangerous), "{char:?}");
+            assert_eq!(serde_json::from_str::<String>(&line).unwrap(), text);
+        }
     }
 
     #[test]
