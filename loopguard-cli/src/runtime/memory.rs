@@ -185,8 +185,17 @@ struct KeptPages {
     bytes: Vec<u8>,
     /// How many of them this look has filled.
     filled: usize,
-    /// What the last look of the kind that comes again and again needed.
-    usual: Vec<u64>,
+    /// What the last look of each kind that comes again and again needed.
+    usual: [Vec<u64>; 2],
+}
+
+/// Looks that come again and again and lead to the same places, all of a kind.
+#[derive(Clone, Copy, Debug)]
+pub enum Usual {
+    /// At what changes from one look to the next.
+    Brief,
+    /// At all there is.
+    Thorough,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -217,15 +226,15 @@ impl KeptPages {
         Ok(&self.bytes[at..at + PAGE])
     }
 
-    /// Reads what the last look needed by one system call: most of it is where it was. Pages behind one that is gone are
-    /// read when they are needed.
-    fn read_usual(&mut self, memory: &ProcessMemory) {
-        let usual = std::mem::take(&mut self.usual);
+    /// Reads what the last look of the kind needed by one system call: most of it is where it was. Pages behind one that
+    /// is gone are read when they are needed.
+    fn read_usual(&mut self, memory: &ProcessMemory, kind: Usual) {
+        let usual = std::mem::take(&mut self.usual[kind as usize]);
         let got = memory.read_pages(&usual, self.room(usual.len()));
-        self.usual = usual;
         self.filled = got * PAGE;
-        let read = self.usual.iter().take(got).enumerate();
+        let read = usual.iter().take(got).enumerate();
         self.at.extend(read.map(|(i, &page)| (page, Kept { at: i * PAGE, is_used: false })));
+        self.usual[kind as usize] = usual;
     }
 
     /// Where the next pages go.
@@ -237,10 +246,11 @@ impl KeptPages {
         &mut self.bytes[self.filled..end]
     }
 
-    fn remember_usual(&mut self) {
-        self.usual.clear();
-        self.usual.extend(self.at.iter().filter(|(_, kept)| kept.is_used).map(|(&page, _)| page));
-        self.usual.sort_unstable();
+    fn remember_usual(&mut self, kind: Usual) {
+        let usual = &mut self.usual[kind as usize];
+        usual.clear();
+        usual.extend(self.at.iter().filter(|(_, kept)| kept.is_used).map(|(&page, _)| page));
+        usual.sort_unstable();
     }
 
     fn clear(&mut self) {
@@ -314,7 +324,7 @@ impl Memory for GlancedMemory {
 pub struct Glance<'a> {
     /// `None`: within another glance, or there is nothing to read.
     memory: Option<&'a GlancedMemory>,
-    comes_again: bool,
+    usual: Option<Usual>,
 }
 
 impl Drop for Glance<'_> {
@@ -322,8 +332,8 @@ impl Drop for Glance<'_> {
         if let Some(memory) = self.memory {
             let mut kept = memory.kept();
             kept.is_looking = false;
-            if self.comes_again {
-                kept.remember_usual();
+            if let Some(kind) = self.usual {
+                kept.remember_usual(kind);
             }
             kept.clear();
         }
@@ -490,23 +500,22 @@ pub enum Source {
 impl Source {
     /// From now on each page is read once, until the glance is dropped. Inside another glance it is that one that counts.
     pub fn glance(&self) -> Glance<'_> {
-        self.begin_glance(false)
+        self.begin_glance(None)
     }
 
-    /// A glance of the kind that comes again and again and leads to the same places: what the last one needed is read
-    /// beforehand, at once.
-    pub fn usual_glance(&self) -> Glance<'_> {
-        self.begin_glance(true)
+    /// A glance of a kind that comes again and again: what the last one needed is read beforehand, at once.
+    pub fn usual_glance(&self, kind: Usual) -> Glance<'_> {
+        self.begin_glance(Some(kind))
     }
 
-    fn begin_glance(&self, comes_again: bool) -> Glance<'_> {
-        let Self::Live(memory) = self else { return Glance { memory: None, comes_again } };
+    fn begin_glance(&self, usual: Option<Usual>) -> Glance<'_> {
+        let Self::Live(memory) = self else { return Glance { memory: None, usual } };
         let mut kept = memory.kept();
         let is_outermost = !std::mem::replace(&mut kept.is_looking, true);
-        if is_outermost && comes_again {
-            kept.read_usual(&memory.memory);
+        if is_outermost && let Some(kind) = usual {
+            kept.read_usual(&memory.memory, kind);
         }
-        Glance { memory: is_outermost.then_some(memory), comes_again }
+        Glance { memory: is_outermost.then_some(memory), usual }
     }
 
     /// What is read from now on is read anew, within a glance too.
@@ -587,12 +596,17 @@ mod tests {
         let address = bytes.as_ptr() as u64;
         let read = |at: usize| source.bytes(address + at as u64, 1).unwrap();
         {
-            let _glance = source.usual_glance();
+            let _glance = source.usual_glance(Usual::Brief);
             assert_eq!((read(0), read(2 * PAGE)), (vec![1], vec![1]));
+        }
+        {
+            // One of the other kind in between changes nothing.
+            let _glance = source.usual_glance(Usual::Thorough);
+            assert_eq!(read(3 * PAGE), [1]);
         }
         bytes.fill(2);
         {
-            let _glance = source.usual_glance();
+            let _glance = source.usual_glance(Usual::Brief);
             bytes.fill(3);
             // As it was when the glance began, but for what the last one did not need.
             assert_eq!((read(0), read(3 * PAGE), read(2 * PAGE)), (vec![2], vec![3], vec![2]));

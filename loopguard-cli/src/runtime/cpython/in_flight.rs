@@ -13,7 +13,7 @@ use super::{Fault, Interpreter, PyThreadInfo};
 use crate::core::event::RequestFacts;
 use crate::runtime::memory::TargetMemory;
 
-/// A task that was nobody's request for so long is looked into no more often than that.
+/// Tasks that were nobody's request for so long are looked into no more often than that, all by the same look.
 const SETTLED: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
@@ -42,6 +42,9 @@ pub(super) struct Tasks {
 #[derive(Debug, Default)]
 pub(super) struct KnownTasks {
     by_address: HashMap<u64, KnownTask>,
+    /// When the last look began that was thorough, and whether that which goes on now is.
+    thorough_at: Option<Instant>,
+    is_thorough: bool,
 }
 
 #[derive(Debug)]
@@ -63,7 +66,7 @@ enum Found {
     /// That of the scope which the task's outermost coroutine was called with.
     Request { scope: u64, request: RequestFacts },
     /// No request's.
-    Nothing { since: Instant, read_at: Instant },
+    Nothing { since: Instant },
 }
 
 /// What is known of a task without looking into it.
@@ -75,17 +78,22 @@ pub(super) enum Known<'a> {
 }
 
 impl KnownTasks {
+    /// A look begins. Says whether it looks into tasks, too, that are settled.
+    pub fn begin(&mut self, now: Instant) -> bool {
+        self.is_thorough = self.thorough_at.is_none_or(|at| now.saturating_duration_since(at) >= LOOK_AGAIN);
+        if self.is_thorough {
+            self.thorough_at = Some(now);
+        }
+        self.is_thorough
+    }
+
     pub fn get(&mut self, task: u64, identity: Option<TaskIdentity>) -> Known<'_> {
         match self.by_address.get_mut(&task) {
             Some(known) if Some(known.identity) == identity => {
                 known.is_there = true;
                 match &known.found {
                     Found::Request { scope, request } => Known::Request(*scope, request),
-                    Found::Nothing { since, read_at }
-                        if since.elapsed() > SETTLED && read_at.elapsed() < LOOK_AGAIN =>
-                    {
-                        Known::NoRequest
-                    }
+                    Found::Nothing { since } if since.elapsed() > SETTLED && !self.is_thorough => Known::NoRequest,
                     Found::Nothing { .. } => Known::Unknown,
                 }
             }
@@ -99,12 +107,11 @@ impl KnownTasks {
     }
 
     pub fn is_no_request(&mut self, task: u64, identity: TaskIdentity) {
-        let now = Instant::now();
         let since = match self.by_address.get(&task) {
-            Some(KnownTask { identity: of, found: Found::Nothing { since, .. }, .. }) if *of == identity => *since,
-            _ => now,
+            Some(KnownTask { identity: of, found: Found::Nothing { since }, .. }) if *of == identity => *since,
+            _ => Instant::now(),
         };
-        let found = Found::Nothing { since, read_at: now };
+        let found = Found::Nothing { since };
         self.by_address.insert(task, KnownTask { identity, found, is_there: true });
     }
 
@@ -257,11 +264,16 @@ mod tests {
             tasks.is_no_request(TASK, IDENTITY);
         }
         // Long since known to be nobody's.
-        let Some(known) = tasks.by_address.get_mut(&TASK) else { panic!("it was just told of") };
         let long_ago = Instant::now().checked_sub(SETTLED * 2).expect("the machine runs for longer");
-        known.found = Found::Nothing { since: long_ago, read_at: Instant::now() };
+        let Some(known) = tasks.by_address.get_mut(&TASK) else { panic!("it was just told of") };
+        known.found = Found::Nothing { since: long_ago };
+        assert!(tasks.begin(long_ago));
+        assert!(matches!(tasks.get(TASK, Some(IDENTITY)), Known::Unknown));
+        assert!(!tasks.begin(long_ago + LOOK_AGAIN / 2));
         assert!(matches!(tasks.get(TASK, Some(IDENTITY)), Known::NoRequest));
         assert!(matches!(tasks.get(TASK, Some(TaskIdentity { number: 8, ..IDENTITY })), Known::Unknown));
+        assert!(tasks.begin(long_ago + LOOK_AGAIN));
+        assert!(matches!(tasks.get(TASK, Some(IDENTITY)), Known::Unknown));
         tasks.by_address.clear();
         tasks.is_no_request(TASK, IDENTITY);
         assert!(matches!(tasks.get(TASK, Some(IDENTITY)), Known::Unknown));

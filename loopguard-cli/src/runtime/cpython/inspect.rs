@@ -1,6 +1,7 @@
 //! Turns what the kernel captured in one process into stacks, requests and tasks, remembering what it resolved.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use loopguard_common::records::{FRAME_ENTRY, FRAME_SHIM, RawFrame, RequestSnapshot, WalkStatus};
 
@@ -9,6 +10,7 @@ use super::in_flight::{Known, KnownTasks};
 use super::request::Routes;
 use super::{Fault, Interpreter, NotTold, PyThreadInfo, TaskFacts};
 use crate::core::event::{Frame, RequestFacts, Stack};
+use crate::runtime::memory::Usual;
 use crate::symbol::join::PythonRun;
 
 /// Resolves the captures of one process; its caches are bounded.
@@ -105,7 +107,8 @@ impl Inspector {
         running: Option<(u64, &RequestFacts)>,
     ) -> Result<(Vec<RequestFacts>, u32), NotTold> {
         let interpreter = self.interpreter.clone();
-        let _glance = interpreter.memory.usual_glance();
+        let usual = if self.tasks.begin(Instant::now()) { Usual::Thorough } else { Usual::Brief };
+        let _glance = interpreter.memory.usual_glance(usual);
         let seen = self.interpreter.tasks_of_loop(thread).map_err(|_| NotTold::Unreadable)?;
         let mut unread = seen.unread;
         let mut requests: Vec<RequestFacts> = Vec::new();
