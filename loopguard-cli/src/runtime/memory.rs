@@ -163,6 +163,8 @@ unsafe fn read_process(pid: u32, address: u64, to: *mut u8, length: usize) -> is
 const PAGE: usize = 4096;
 /// Pages kept at a time.
 const MAX_PAGES: usize = 256;
+/// Room for so many is kept from one look to the next: few need more.
+const ROOM_KEPT: usize = 64;
 /// Reads from this size on are not worth keeping.
 const LARGE_READ: usize = 4 * PAGE;
 
@@ -181,7 +183,7 @@ pub struct GlancedMemory {
 struct KeptPages {
     is_looking: bool,
     at: HashMap<u64, Kept>,
-    /// Only grows: what the next look reads takes the place of what the last one did.
+    /// What the next look reads takes the place of what the last one did.
     bytes: Vec<u8>,
     /// How many of them this look has filled.
     filled: usize,
@@ -256,6 +258,12 @@ impl KeptPages {
     fn clear(&mut self) {
         self.at.clear();
         self.filled = 0;
+    }
+
+    /// Gives back what a look at more than usual needed.
+    fn give_back(&mut self) {
+        self.bytes.truncate(ROOM_KEPT * PAGE);
+        self.bytes.shrink_to(ROOM_KEPT * PAGE);
     }
 
     /// Hands `length` bytes at `address` to `take`, in pieces, each with its place among them.
@@ -336,6 +344,7 @@ impl Drop for Glance<'_> {
                 kept.remember_usual(kind);
             }
             kept.clear();
+            kept.give_back();
         }
     }
 }
@@ -616,6 +625,21 @@ mod tests {
             bytes.fill(4);
             assert_eq!(read(0), [4]);
         }
+    }
+
+    #[test]
+    fn a_glance_at_much_keeps_little_room() {
+        let memory = GlancedMemory::from(ProcessMemory { pid: std::process::id() });
+        let source = Source::Live(memory);
+        let bytes = vec![1u8; 3 * ROOM_KEPT * PAGE];
+        {
+            let _glance = source.glance();
+            for at in (0..bytes.len()).step_by(PAGE) {
+                assert_eq!(source.bytes(bytes.as_ptr() as u64 + at as u64, 1).unwrap(), [1]);
+            }
+        }
+        let Source::Live(memory) = &source else { panic!("it is live") };
+        assert!(memory.kept().bytes.capacity() <= ROOM_KEPT * PAGE);
     }
 
     #[test]
