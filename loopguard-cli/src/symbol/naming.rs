@@ -164,8 +164,8 @@ impl Naming {
         let (mut capture, raw, fate) = match seen {
             Seen::Event(event) => {
                 match &event {
-                    Event::Step(step) => self.is_told(step.tid, step.seq),
-                    Event::StillOpen(open) => self.is_told(open.tid, open.seq),
+                    Event::Step(step) => self.now_told(step.tid, step.seq),
+                    Event::StillOpen(open) => self.now_told(open.tid, open.seq),
                     _ => {}
                 }
                 self.hold(event, false);
@@ -185,14 +185,14 @@ impl Naming {
         self.queued_bytes += size;
         let (tid, seq) = (capture.tid, capture.step_seq);
         if fate == Fate::Told {
-            self.is_told(tid, seq);
+            self.now_told(tid, seq);
         }
         let event = self.hold(Event::Capture(capture), true);
         self.together.push(Waiting { event, raw, tid, seq, fate, is_over: false, since: Instant::now() });
         self.send_if_due();
     }
 
-    fn is_told(&mut self, tid: Tid, seq: u64) {
+    fn now_told(&mut self, tid: Tid, seq: u64) {
         for waiting in self.together.iter_mut().filter(|waiting| (waiting.tid, waiting.seq) == (tid, seq)) {
             waiting.fate = Fate::Told;
         }
@@ -202,14 +202,13 @@ impl Naming {
     /// were there, with what says whether a step still runs: one that is over now may have been told just after that, so
     /// it counts the next time.
     pub fn settle(&mut self, runs: impl Fn(Tid, u64) -> bool) {
-        let together = std::mem::take(&mut self.together);
-        for mut waiting in together {
-            if waiting.fate == Fate::Open && waiting.is_over {
-                self.give_up(waiting.event, waiting.raw.copy.bytes.len(), NOT_TOLD);
-                continue;
-            }
+        let over: Vec<_> =
+            self.together.extract_if(.., |waiting| waiting.fate == Fate::Open && waiting.is_over).collect();
+        for waiting in over {
+            self.give_up(waiting.event, waiting.raw.copy.bytes.len(), NOT_TOLD);
+        }
+        for waiting in self.together.iter_mut().filter(|waiting| waiting.fate == Fate::Open) {
             waiting.is_over = !runs(waiting.tid, waiting.seq);
-            self.together.push(waiting);
         }
     }
 
