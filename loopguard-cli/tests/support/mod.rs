@@ -5,7 +5,7 @@
 use std::{
     env, fs,
     io::{Read as _, Write as _},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -14,6 +14,7 @@ use std::{
 };
 
 use serde_json::Value;
+use tokio::net::TcpSocket;
 
 /// Nothing here takes long; what does is broken.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -75,8 +76,14 @@ pub fn loopguard() -> Command {
     command
 }
 
+/// It is bound only, never listened on: a process that another test starts at that moment keeps a copy of the socket
+/// until it has executed its program, and who connects meanwhile would take it for the server.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    let socket = TcpSocket::new_v4().unwrap();
+    // So that such a copy does not keep the server from the port either.
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    socket.local_addr().unwrap().port()
 }
 
 /// Who connects to a free port may be given that very port to connect from, and so meet itself.
