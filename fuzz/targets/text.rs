@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use loopguard::{
-    runtime::tokio::http::{Trail, current},
+    runtime::http::{Trail, current},
     sink::escape::{is_dangerous, printable, word},
 };
 

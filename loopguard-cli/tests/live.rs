@@ -4,14 +4,15 @@ mod support;
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpStream,
     path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::Duration,
 };
 
-use support::{Events, Server, Setup, Watching, all_pythons, alone, can_trace, line_of, pythons, signal};
+use support::{Events, PATIENCE, Server, Setup, Watching, all_pythons, alone, can_trace, line_of, pythons, signal};
 
 /// Long enough that nothing a healthy server does comes near it, on any machine.
 const BLOCK_MS: u32 = 300;
@@ -152,6 +153,79 @@ fn a_route_that_is_no_object_is_told() {
 }
 
 #[test]
+fn servers_without_asgi_show_their_requests() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let servers =
+        [("aiohttp", Some("/api/{kind}/{ms}")), ("sanic", Some("/api/<kind:str>/<ms:int>")), ("tornado", None)];
+    for python in pythons() {
+        for (name, route) in servers {
+            let context = format!("{} {name}", python.display());
+            let server = Server::of_framework(&python, name);
+            let watching = Watching::start(server.pid(), &["--threshold", THRESHOLD]);
+            let functions = [("sleep", "sleep"), ("cpu", "compute"), ("gather", "in_child.<locals>.child")];
+            for (kind, _) in functions {
+                thread::scope(|scope| {
+                    for i in 0..4 {
+                        let server = &server;
+                        scope.spawn(move || server.get("/api/wait/100", &format!("fine-{kind}-{i}")));
+                    }
+                    scope.spawn(|| server.get(&format!("/api/block-{kind}/{BLOCK_MS}?a=b"), &format!("block-{kind}")));
+                });
+            }
+            keep_alive(&server);
+            let events = watching.stop();
+
+            for block in events.blocks() {
+                for request in block["requests"].as_array().unwrap() {
+                    let id = request["id"].as_str().unwrap();
+                    assert!(id.starts_with("block-") || block["verdict"] == "host", "{context}: {id} is blamed");
+                }
+            }
+            for (kind, function) in functions {
+                let id = format!("block-{kind}");
+                let blocks: Vec<_> = events.blocks_of(&id).collect();
+                assert!(!blocks.is_empty(), "{context}: {kind} is not blamed: {:#?}", events.lines);
+                assert!(blocks.iter().any(|block| line_of(block, function).is_some()), "{context}: {blocks:#?}");
+                let request = &blocks[0]["requests"][0];
+                assert_eq!(request["method"], "GET", "{context}");
+                assert_eq!(request["path"], format!("/api/block-{kind}/{BLOCK_MS}"), "{context}");
+                assert_eq!(request["route"].as_str(), route, "{context}");
+                let client = request["client"].as_str().unwrap();
+                // Tornado does not keep the port.
+                assert_eq!(client.split(':').count(), if name == "tornado" { 1 } else { 2 }, "{context}: {client}");
+                assert!(client.starts_with("127.0.0.1"), "{context}: {client}");
+                assert_eq!(blocks[0]["how"], "asyncio-task", "{context}");
+            }
+            for id in ["block-first", "block-second"] {
+                assert_eq!(events.blocks_of(id).count(), 1, "{context}: {id}: {:#?}", events.lines);
+            }
+            events.assert_parts_add_up();
+            assert_eq!(events.summary()["lost_records"], 0, "{context}");
+        }
+    }
+}
+
+/// Three requests on one connection, of which the last blocks nobody.
+fn keep_alive(server: &Server) {
+    let mut stream = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let block = format!("block-sleep/{BLOCK_MS}");
+    for (path, id) in [(block.as_str(), "block-first"), (&block, "block-second"), ("wait/1", "fine-third")] {
+        let head = format!("GET /api/{path} HTTP/1.1\r\nhost: test\r\nX-Request-ID: {id}\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        let (mut answer, mut part) = (Vec::new(), [0; 1024]);
+        while !answer.ends_with(b"done") {
+            let length = stream.read(&mut part).unwrap();
+            assert!(length > 0, "{id}: {}", String::from_utf8_lossy(&answer));
+            answer.extend_from_slice(&part[..length]);
+        }
+    }
+}
+
+#[test]
 fn without_step_probes_owners_are_inferred_and_still_right() {
     let _alone = alone();
     if !can_trace() {
@@ -265,6 +339,8 @@ fn a_loop_that_starts_later_is_found() {
     let blocks: Vec<_> = events.blocks().filter(|block| line_of(block, "second").is_some()).collect();
     assert!(!blocks.is_empty(), "{:#?}", events.lines);
     assert!(blocks.iter().all(|block| block["tid"] != block["pid"]), "in the second thread: {blocks:#?}");
+    // It has no request that anybody knows; that it had none is not claimed.
+    assert!(blocks.iter().all(|block| block["attribution"] != "exact"), "{blocks:#?}");
     assert_eq!(events.summary()["threads"].as_array().map(Vec::len), Some(2), "{:#?}", events.lines);
 }
 

@@ -69,6 +69,8 @@ pub fn same_owner(a: &Owner, b: &Owner) -> bool {
         (Owner::Request { request: a, .. }, Owner::Request { request: b, .. }) => a.id == b.id && a.path == b.path,
         (Owner::NoRequest { task: a }, Owner::NoRequest { task: b }) => a == b,
         (Owner::Task { task: a }, Owner::Task { task: b }) => a == b,
+        (Owner::NoRequest { task: Some(a) }, Owner::Task { task: b })
+        | (Owner::Task { task: b }, Owner::NoRequest { task: Some(a) }) => a == b,
         (Owner::Unknown(_), Owner::Unknown(_)) => true,
         _ => false,
     }
@@ -221,6 +223,12 @@ mod tests {
         check((0, 9, 0), seen(&["A", "?", "A", "?"]), &["0..7 A 0", "7..9 ? 0"]);
         check((0, 9, 0), seen(&["A", "?", "B"]), &["0..3 A 0", "3..5 ? 0", "5..9 B 0"]);
         check((0, 9, 0), seen(&["?", "-", "?", "-"]), &["0..3 ? 0", "3..9 - 0"]);
+    }
+
+    #[test]
+    fn a_task_is_the_same_before_and_after_requests_were_known() {
+        check((0, 6, 0), vec![sample(1, 2, "-job?"), sample(1, 4, "-job")], &["0..6 - 0"]);
+        check((0, 6, 0), vec![sample(1, 2, "-job?"), sample(1, 4, "-other")], &["0..3 - 0", "3..6 - 0"]);
     }
 
     #[test]

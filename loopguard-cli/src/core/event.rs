@@ -151,7 +151,7 @@ pub enum Owner {
     NoRequest {
         task: Option<String>,
     },
-    /// A task that read no request itself; whether it works for one is not known.
+    /// A task of which no request is known; whether it works for one is not known.
     Task {
         task: String,
     },

@@ -14,7 +14,7 @@ pub fn ms(ms: u64) -> u64 {
 }
 
 /// `A`: request A, seen in the frames; `~A`: through its task; `-`: no request; `-name`: the task `name`, no request;
-/// `?`: unknown.
+/// `-name?`: the task `name`, of which none is known; `?`: unknown.
 pub fn owner(text: &str) -> Owner {
     let request = |id: &str, how| Owner::Request {
         request: Arc::new(RequestFacts {
@@ -30,6 +30,7 @@ pub fn owner(text: &str) -> Owner {
     match text.split_at(1) {
         ("?", _) => Owner::Unknown("its frames could not be read"),
         ("-", "") => Owner::NoRequest { task: None },
+        ("-", task) if task.ends_with('?') => Owner::Task { task: task.trim_end_matches('?').to_owned() },
         ("-", task) => Owner::NoRequest { task: Some(task.to_owned()) },
         ("~", id) => request(id, How::AsyncioTask),
         _ => request(text, How::AsgiFrame),

@@ -2,6 +2,7 @@
 
 pub mod cpython;
 pub mod elf;
+pub mod http;
 pub mod memory;
 pub mod probe_site;
 pub mod target_file;

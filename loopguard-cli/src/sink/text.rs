@@ -188,7 +188,7 @@ impl Look {
         let name = match &blame.owner {
             Owner::Request { request, .. } => self.request(request),
             Owner::NoRequest { task: Some(task) } => format!("no request: task {}", printable(task)),
-            Owner::Task { task } => format!("task {}, which read no request", printable(task)),
+            Owner::Task { task } => format!("task {}, of which no request is known", printable(task)),
             Owner::NoRequest { task: None } => "no request: a callback, or the loop itself".to_owned(),
             Owner::Unknown(why) => return format!("request unknown: {why}"),
         };
@@ -596,7 +596,7 @@ mod tests {
         |+1.235s  52.3 ms  no request: a callback, or the loop itself  (inferred)
         |    line unknown: no stack was captured
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
-        |+1.235s  52.3 ms  task resize (task 9), which read no request  (inferred)
+        |+1.235s  52.3 ms  task resize (task 9), of which no request is known  (inferred)
         |    line unknown: no stack was captured
         |    code: 1.8 ms on CPU, 50 ms waiting, 0.40 ms for the GIL  [uvicorn 1235]
         |+1.235s  52.3 ms  request unknown: nothing was captured while it ran

@@ -103,6 +103,11 @@ pub fn wait_until_up(child: &mut Child, port: u16) {
     }
 }
 
+/// A file in the folder of the tests.
+fn of_tests(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(path)
+}
+
 pub struct Server {
     pub child: Child,
     pub port: u16,
@@ -118,20 +123,31 @@ pub struct Setup<'a> {
 
 impl Server {
     pub fn start(setup: &Setup) -> Self {
+        let mut command = Command::new(setup.python);
+        command.arg(of_tests("servers/app.py")).args([setup.server, setup.event_loop]);
+        command.envs(setup.environment.iter().copied());
+        Self::run(
+            command,
+            &["/fine/warm", "/block/stream/0", "/block/gather/0", "/block/dependency/0?ms=0", "/block/sleep/0"],
+        )
+    }
+
+    /// One of `servers/frameworks.py`.
+    pub fn of_framework(python: &Path, name: &str) -> Self {
+        let mut command = Command::new(python);
+        command.arg(of_tests("servers/frameworks.py")).arg(name);
+        Self::run(command, &["/api/wait/1", "/api/block-gather/0"])
+    }
+
+    /// `command` gets a port as its last argument; the requests to `warm_up` are the first ones.
+    fn run(mut command: Command, warm_up: &[&str]) -> Self {
         let port = free_port();
-        let app = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/app.py");
-        let child = Command::new(setup.python)
-            .arg(app)
-            .args([setup.server, setup.event_loop, &port.to_string()])
-            .env("PYTHONDONTWRITEBYTECODE", "1")
-            .envs(setup.environment.iter().copied())
-            .stdin(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let child =
+            command.arg(port.to_string()).env("PYTHONDONTWRITEBYTECODE", "1").stdin(Stdio::piped()).spawn().unwrap();
         let mut server = Self { child, port };
         wait_until_up(&mut server.child, port);
         // Imports that the first requests bring are no blocks of theirs.
-        for path in ["/fine/warm", "/block/stream/0", "/block/gather/0", "/block/dependency/0?ms=0", "/block/sleep/0"] {
+        for path in warm_up {
             server.get(path, "warm-up");
         }
         server

@@ -32,19 +32,42 @@ pub(super) struct Code {
     origin: Origin,
     first_line: u32,
     line_table: Vec<u8>,
-    pub scope: ScopeIn,
+    pub request: RequestIn,
     /// By the instruction's distance from the code object.
     frames: HashMap<u64, Arc<Frame>>,
 }
 
-/// Where a function's frame may hold an ASGI scope.
+/// Where a function's frame may hold the request it works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ScopeIn {
+pub(super) enum RequestIn {
     Nowhere,
-    /// In the local with this index.
-    Local(u64),
-    /// In the attribute `scope` of the first local (uvicorn's `RequestResponseCycle.run_asgi`).
-    SelfAttribute,
+    /// An ASGI scope, in the local with this index.
+    Scope(u64),
+    /// An ASGI scope, in the attribute `scope` of the first local (uvicorn's `RequestResponseCycle.run_asgi`).
+    ScopeOfSelf,
+    /// A server's own request object, in the local with this index.
+    Object(u64),
+    /// Likewise, in the attribute `request` of the first local (Tornado's `RequestHandler._execute`).
+    ObjectOfSelf,
+}
+
+impl RequestIn {
+    fn of(function: &str, locals: &[String]) -> Self {
+        let is_method = locals.first().is_some_and(|name| name == "self");
+        if let Some(slot) = locals.iter().position(|name| name == "scope") {
+            Self::Scope(slot as u64)
+        } else if is_method && function.ends_with(".run_asgi") {
+            Self::ScopeOfSelf
+        // What a function was called with comes first among its locals. A server's loop over a connection's requests
+        // keeps the last one in a local, too, long after it was answered.
+        } else if let Some(slot) = locals.iter().take(2).position(|name| name == "request") {
+            Self::Object(slot as u64)
+        } else if is_method && function == "RequestHandler._execute" {
+            Self::ObjectOfSelf
+        } else {
+            Self::Nowhere
+        }
+    }
 }
 
 /// The code objects seen so far, by address. A hit needs no remote read: the kernel looked at the fingerprint.
@@ -150,21 +173,14 @@ impl Interpreter {
         let table = line_table.wrapping_add(self.offsets.layout.bytes_data.into());
         let locals = self.tuple(field(self.offsets.code_localsplusnames)?, MAX_LOCALS)?;
         let names: Vec<String> = locals.iter().map(|&name| self.str(name, 16).unwrap_or_default()).collect();
-        let scope = if let Some(slot) = names.iter().position(|name| name == "scope") {
-            ScopeIn::Local(slot as u64)
-        } else if names.first().is_some_and(|name| name == "self") && function.ends_with(".run_asgi") {
-            ScopeIn::SelfAttribute
-        } else {
-            ScopeIn::Nowhere
-        };
         Ok(Code {
             fingerprint: fingerprint(qualname, line_table),
             origin: origin(&file),
+            request: RequestIn::of(&function, &names),
             function: function.into(),
             file: file.into(),
             first_line,
             line_table: self.memory.bytes(table, length as usize)?,
-            scope,
             frames: HashMap::new(),
         })
     }

@@ -6,9 +6,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use loopguard_common::records::RequestSnapshot;
-
-use super::code::Codes;
+use super::task::{Met, RequestOfTask};
 use super::{Fault, Interpreter, PyThreadInfo};
 use crate::core::event::RequestFacts;
 use crate::runtime::memory::TargetMemory;
@@ -63,15 +61,15 @@ pub(super) struct TaskIdentity {
 
 #[derive(Debug)]
 enum Found {
-    /// That of the scope which the task's outermost coroutine was called with.
-    Request { scope: u64, request: RequestFacts },
+    /// That of the scope, or the object, which the task's outermost coroutine was called with.
+    Request { address: u64, request: RequestFacts },
     /// No request's.
     Nothing { since: Instant },
 }
 
 /// What is known of a task without looking into it.
 pub(super) enum Known<'a> {
-    /// It may be this request's, if the scope in its outermost coroutine is still this one.
+    /// It may be this request's, if what its outermost coroutine was called with is still there.
     Request(u64, &'a RequestFacts),
     NoRequest,
     Unknown,
@@ -92,7 +90,7 @@ impl KnownTasks {
             Some(known) if Some(known.identity) == identity => {
                 known.is_there = true;
                 match &known.found {
-                    Found::Request { scope, request } => Known::Request(*scope, request),
+                    Found::Request { address, request } => Known::Request(*address, request),
                     Found::Nothing { since } if since.elapsed() > SETTLED && !self.is_thorough => Known::NoRequest,
                     Found::Nothing { .. } => Known::Unknown,
                 }
@@ -101,8 +99,8 @@ impl KnownTasks {
         }
     }
 
-    pub fn is_request(&mut self, task: u64, identity: TaskIdentity, (scope, request): (u64, &RequestFacts)) {
-        let found = Found::Request { scope, request: request.clone() };
+    pub fn is_request(&mut self, task: u64, identity: TaskIdentity, (address, request): (u64, &RequestFacts)) {
+        let found = Found::Request { address, request: request.clone() };
         self.by_address.insert(task, KnownTask { identity, found, is_there: true });
     }
 
@@ -127,10 +125,10 @@ impl Interpreter {
         Some(TaskIdentity { number: self.task_number(task)?, coroutine: self.task_coroutine(task).ok()? })
     }
 
-    /// The scope in the outermost coroutine of a task, if it is there: as a rule the task is called with it.
-    pub(super) fn outermost_scope(&self, codes: &mut Codes, task: u64) -> Option<u64> {
+    /// Where the request in the outermost coroutine of a task is, if it is there: as a rule the task is called with it.
+    pub(super) fn outermost_request(&self, met: &mut Met, task: u64) -> Option<u64> {
         let frame = self.first_coroutine_frame(self.task_coroutine(task).ok()?)?;
-        self.scope_in_frame(codes, frame).ok()?
+        Some(self.request_in_frame(met, frame).ok()??.address())
     }
 
     /// The tasks of the event loop that a thread runs, those that are done perhaps among them.
@@ -208,13 +206,13 @@ impl Interpreter {
         self.type_name(object).is_ok_and(|name| name.ends_with("ReferenceType") || name == "weakref")
     }
 
-    /// The ASGI scope in a task's own coroutines; `Ok(None)`: it has none.
-    pub(super) fn scope_in_task(&self, codes: &mut Codes, task: u64) -> Result<Option<RequestSnapshot>, Fault> {
+    /// The request in a task's own coroutines; `Ok(None)`: it has none.
+    pub(super) fn request_in_task(&self, met: &mut Met, task: u64) -> Result<Option<RequestOfTask>, Fault> {
         if !self.is_task(task) {
             return Err(Fault::Unexpected { address: task, expected: "a task" });
         }
         self.task_coroutine(task)?;
-        Ok(self.scope_of_task(codes, task))
+        Ok(self.request_in_coroutines(met, task))
     }
 }
 
@@ -225,9 +223,9 @@ mod tests {
     const TASK: u64 = 0x1000;
     const IDENTITY: TaskIdentity = TaskIdentity { number: 7, coroutine: 0x2000 };
 
-    fn scope_of(tasks: &mut KnownTasks, identity: Option<TaskIdentity>) -> Option<u64> {
+    fn address_of(tasks: &mut KnownTasks, identity: Option<TaskIdentity>) -> Option<u64> {
         match tasks.get(TASK, identity) {
-            Known::Request(scope, _) => Some(scope),
+            Known::Request(address, _) => Some(address),
             Known::NoRequest | Known::Unknown => None,
         }
     }
@@ -244,16 +242,16 @@ mod tests {
         };
         let mut tasks = KnownTasks::default();
         tasks.is_request(TASK, IDENTITY, (0x3000, &request));
-        assert_eq!(scope_of(&mut tasks, Some(IDENTITY)), Some(0x3000));
-        assert_eq!(scope_of(&mut tasks, Some(TaskIdentity { number: 8, ..IDENTITY })), None);
-        assert_eq!(scope_of(&mut tasks, Some(TaskIdentity { coroutine: 0x2800, ..IDENTITY })), None);
-        assert_eq!(scope_of(&mut tasks, None), None);
+        assert_eq!(address_of(&mut tasks, Some(IDENTITY)), Some(0x3000));
+        assert_eq!(address_of(&mut tasks, Some(TaskIdentity { number: 8, ..IDENTITY })), None);
+        assert_eq!(address_of(&mut tasks, Some(TaskIdentity { coroutine: 0x2800, ..IDENTITY })), None);
+        assert_eq!(address_of(&mut tasks, None), None);
         // It was met since the last sweep, and then no more.
         tasks.sweep();
-        assert_eq!(scope_of(&mut tasks, Some(IDENTITY)), Some(0x3000));
+        assert_eq!(address_of(&mut tasks, Some(IDENTITY)), Some(0x3000));
         tasks.sweep();
         tasks.sweep();
-        assert_eq!(scope_of(&mut tasks, Some(IDENTITY)), None);
+        assert_eq!(address_of(&mut tasks, Some(IDENTITY)), None);
     }
 
     #[test]

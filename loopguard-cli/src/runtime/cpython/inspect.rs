@@ -8,6 +8,7 @@ use loopguard_common::records::{FRAME_ENTRY, FRAME_SHIM, RawFrame, RequestSnapsh
 use super::code::Codes;
 use super::in_flight::{Known, KnownTasks};
 use super::request::Routes;
+use super::task::{Met, RequestOfTask};
 use super::{Fault, Interpreter, NotTold, PyThreadInfo, TaskFacts};
 use crate::core::event::{Frame, RequestFacts, Stack};
 use crate::runtime::memory::Usual;
@@ -17,9 +18,10 @@ use crate::symbol::join::PythonRun;
 #[derive(Debug)]
 pub struct Inspector {
     interpreter: Arc<Interpreter>,
-    codes: Codes,
+    met: Met,
     routes: Routes,
     tasks: KnownTasks,
+    has_seen_request: bool,
     /// The capture last asked about: it is asked for its stack and for its runs, and a busy route blocks at one place.
     last: Option<Walked>,
 }
@@ -36,9 +38,10 @@ impl Inspector {
     pub fn new(interpreter: Arc<Interpreter>) -> Self {
         Self {
             interpreter,
-            codes: Codes::default(),
+            met: Met::default(),
             routes: Routes::default(),
             tasks: KnownTasks::default(),
+            has_seen_request: false,
             last: None,
         }
     }
@@ -49,8 +52,8 @@ impl Inspector {
 
     /// What each frame of a capture is.
     fn walked(&mut self, raw: &[RawFrame]) -> &[Option<Arc<Frame>>] {
-        if self.last.as_ref().is_none_or(|last| last.raw != raw || !last.is_known(&self.codes)) {
-            let frames = raw.iter().map(|raw| self.codes.frame(&self.interpreter, raw)).collect();
+        if self.last.as_ref().is_none_or(|last| last.raw != raw || !last.is_known(&self.met.codes)) {
+            let frames = raw.iter().map(|raw| self.met.codes.frame(&self.interpreter, raw)).collect();
             self.last = Some(Walked { raw: raw.to_vec(), frames });
         }
         self.last.as_ref().map_or(&[], |last| &last.frames)
@@ -85,7 +88,15 @@ impl Inspector {
 
     /// The request whose scope stood in the frames; `None`: there was none. Reads the target for the route only.
     pub fn request(&mut self, snapshot: &RequestSnapshot) -> Option<RequestFacts> {
-        self.routes.request(&self.interpreter, snapshot)
+        let request = self.routes.request(&self.interpreter, snapshot);
+        self.has_seen_request |= request.is_some();
+        request
+    }
+
+    /// Whether any request of the process was ever read. As long as none was, its server may be one of those whose
+    /// requests nobody here knows how to read.
+    pub fn has_seen_request(&self) -> bool {
+        self.has_seen_request
     }
 
     /// The asyncio task that a thread runs; `Ok(None)`: it runs none.
@@ -134,24 +145,22 @@ impl Inspector {
         if let Known::NoRequest = known {
             return Ok(None);
         }
-        let scope = self.interpreter.outermost_scope(&mut self.codes, task);
+        let outermost = self.interpreter.outermost_request(&mut self.met, task);
         match (known, running) {
-            (_, Some((of, request))) if scope == Some(of) => return Ok(Some(request.clone())),
-            (Known::Request(of, request), _) if scope == Some(of) => return Ok(Some(request.clone())),
+            (_, Some((of, request))) if outermost == Some(of) => return Ok(Some(request.clone())),
+            (Known::Request(of, request), _) if outermost == Some(of) => return Ok(Some(request.clone())),
             _ => {}
         }
-        let snapshot = self.interpreter.scope_in_task(&mut self.codes, task)?;
-        let Some(snapshot) = snapshot else {
+        let Some(found) = self.interpreter.request_in_task(&mut self.met, task)? else {
             if let Some(identity) = identity {
                 self.tasks.is_no_request(task, identity);
             }
             return Ok(None);
         };
-        let unreadable = Fault::Unexpected { address: snapshot.scope, expected: "a request" };
-        let request = self.request(&snapshot).ok_or(unreadable)?;
+        let request = self.found(&found)?;
         // Its route may still come.
-        if let Some(identity) = identity.filter(|_| scope == Some(snapshot.scope) && request.route.is_some()) {
-            self.tasks.is_request(task, identity, (snapshot.scope, &request));
+        if let Some(identity) = identity.filter(|_| outermost == Some(found.address()) && request.route.is_some()) {
+            self.tasks.is_request(task, identity, (found.address(), &request));
         }
         Ok(Some(request))
     }
@@ -160,9 +169,22 @@ impl Inspector {
     pub fn request_of_task(&mut self, task: u64) -> Result<Option<RequestFacts>, NotTold> {
         let interpreter = self.interpreter.clone();
         let _glance = interpreter.memory.glance();
-        match self.interpreter.request_of_task(&mut self.codes, task)? {
-            Some(snapshot) => self.request(&snapshot).map(Some).ok_or(NotTold::Unreadable),
+        match self.interpreter.request_of_task(&mut self.met, task)? {
+            Some(found) => self.found(&found).map(Some).map_err(|_| NotTold::Unreadable),
             None => Ok(None),
+        }
+    }
+
+    fn found(&mut self, found: &RequestOfTask) -> Result<RequestFacts, Fault> {
+        match found {
+            RequestOfTask::Scope(snapshot) => {
+                self.request(snapshot).ok_or(Fault::Unexpected { address: snapshot.scope, expected: "a request" })
+            }
+            RequestOfTask::Object(address, server) => {
+                let request = self.routes.request_of_object(&self.interpreter, *address, *server)?;
+                self.has_seen_request = true;
+                Ok(request)
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ mod object;
 mod offsets;
 mod probe;
 mod request;
+mod request_object;
 mod task;
 
 use std::fmt;

@@ -27,6 +27,7 @@ const TYPE_BASIC_SIZE: u64 = 32;
 const TYPE_FLAGS: u64 = 168;
 const TYPE_MEMBERS: u64 = 240;
 const TYPE_BASE: u64 = 256;
+const TYPE_DICT: u64 = 264;
 const TYPE_DICT_OFFSET: u64 = 288;
 /// Bytes of a `PyMemberDef`, and the type of one that is a slot (`Py_T_OBJECT_EX`).
 const MEMBER_DEF: u64 = 40;
@@ -35,6 +36,7 @@ const MAX_MEMBERS: u64 = 64;
 const MAX_BASES: usize = 8;
 const FLAG_INLINE_VALUES: u64 = 1 << 2;
 const FLAG_MANAGED_DICT: u64 = 1 << 4;
+const FLAG_TUPLE: u64 = 1 << 26;
 
 /// How a build keeps `str` and `bytes` objects.
 #[derive(Clone, Copy, Debug)]
@@ -153,6 +155,15 @@ impl Interpreter {
         Ok(repair(&bytes, characters.width))
     }
 
+    /// The `bytes` at `address`, cut at `limit`.
+    pub(super) fn bytes(&self, address: u64, limit: usize) -> Result<Vec<u8>, Fault> {
+        if self.type_of(address)? != self.anchors.bytes_type {
+            return Err(Fault::Unexpected { address, expected: "bytes" });
+        }
+        let length = self.memory.field(address, self.offsets.layout.var_size)?.min(limit as u64);
+        self.memory.bytes(address.wrapping_add(self.offsets.layout.bytes_data.into()), length as usize)
+    }
+
     fn is_str(&self, address: u64, expected: &str) -> bool {
         // One read decides about most strings: those of another length.
         self.memory.field(address, self.offsets.layout.str_length) == Ok(expected.len() as u64)
@@ -168,6 +179,22 @@ impl Interpreter {
         let name = self.memory.field(self.type_of(object)?, TYPE_NAME)?;
         let name = self.memory.c_string(name, 128)?;
         Ok(name.rsplit('.').next().unwrap_or_default().to_owned())
+    }
+
+    /// A class's name and the module that it says to be of, each cut at `limit`; of a class that Python code made.
+    pub(super) fn class_name(&self, class: u64, limit: usize) -> Result<(String, String), Fault> {
+        let name = self.memory.c_string(self.memory.field(class, TYPE_NAME)?, limit)?;
+        let module = self.dict_get(self.memory.field(class, TYPE_DICT)?, "__module__")?;
+        Ok((name, module.map_or(Ok(String::new()), |module| self.str(module, limit))?))
+    }
+
+    /// What a class derives from first; 0: nothing.
+    pub(super) fn base(&self, class: u64) -> Result<u64, Fault> {
+        self.memory.field(class, TYPE_BASE)
+    }
+
+    pub(super) fn is_tuple(&self, object: u64) -> Result<bool, Fault> {
+        Ok(self.memory.field(self.type_of(object)?, TYPE_FLAGS)? & FLAG_TUPLE != 0)
     }
 
     /// Keys and values of a dict.
@@ -245,7 +272,7 @@ impl Interpreter {
                     _ => return Ok(Some(self.memory.field(object, member[2])?).filter(|&value| value != 0)),
                 }
             }
-            of_type = self.memory.field(of_type, TYPE_BASE)?;
+            of_type = self.base(of_type)?;
         }
         Ok(None)
     }
@@ -295,6 +322,14 @@ impl Interpreter {
     /// The object in a cell; 0: empty.
     pub(super) fn cell(&self, cell: u64) -> u64 {
         self.memory.field(cell, self.offsets.layout.cell_ref).unwrap_or(0)
+    }
+
+    /// What is in `object` if that is a cell, else `object`; `None`: nothing, or no object at all.
+    pub(super) fn behind_cell(&self, mut object: u64) -> Result<Option<u64>, Fault> {
+        if object >= 4096 && self.type_of(object)? == self.anchors.cell_type {
+            object = self.cell(object);
+        }
+        Ok(Some(object).filter(|&object| object >= 4096))
     }
 }
 

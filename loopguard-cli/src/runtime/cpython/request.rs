@@ -1,10 +1,11 @@
-//! Turns the raw objects of an ASGI scope into the facts of a request.
+//! Turns the raw objects of an ASGI scope, or a server's own request object, into the facts of a request.
 
 use std::collections::HashMap;
 use std::net::Ipv6Addr;
 
 use loopguard_common::records::RequestSnapshot;
 
+use super::request_object::{Server, Told};
 use super::{Fault, Interpreter};
 use crate::core::event::RequestFacts;
 
@@ -19,8 +20,8 @@ pub(super) struct Routes {
 }
 
 impl Routes {
-    /// `route.path`: what Starlette and FastAPI call the template, `/items/{id}`. A string is the template itself.
-    fn template(&mut self, interpreter: &Interpreter, route: u64) -> Option<String> {
+    /// What the first of a route's `attributes` says, `/items/{id}`. A string is the template itself.
+    fn template(&mut self, interpreter: &Interpreter, route: u64, attributes: &[&str]) -> Option<String> {
         let key = (route, interpreter.type_of(route).ok()?);
         if key.1 == interpreter.anchors.str_type {
             return interpreter.str(route, MAX_ROUTE).ok().filter(|template| !template.is_empty());
@@ -28,12 +29,14 @@ impl Routes {
         if let Some(template) = self.known.get(&key) {
             return template.clone();
         }
-        let template = match interpreter.attribute(route, "path") {
-            Ok(Some(path)) => interpreter.str(path, MAX_ROUTE).ok(),
-            Ok(None) => None,
+        let mut template = None;
+        for name in attributes {
             // It may be readable next time.
-            Err(_) => return None,
-        };
+            if let Some(text) = interpreter.attribute(route, name).ok()? {
+                template = interpreter.str(text, MAX_ROUTE).ok();
+                break;
+            }
+        }
         if self.known.len() >= MAX_ROUTES {
             self.known.clear();
         }
@@ -57,36 +60,43 @@ impl Routes {
         let client = text.decode_str(&snapshot.client_host).map(|host| peer(&host, snapshot.client_port));
         let given = text.decode_bytes(&snapshot.request_id).map(|id| id.trim().to_owned()).filter(|id| !id.is_empty());
         let trace_id = text.decode_bytes(&snapshot.traceparent).and_then(|header| trace_id(&header));
-        let id = given.unwrap_or_else(|| {
-            let parts = [
-                &interpreter.pid.to_le_bytes()[..],
-                &snapshot.scope.to_le_bytes(),
-                path.as_bytes(),
-                client.as_deref().unwrap_or_default().as_bytes(),
-                method.as_deref().unwrap_or_default().as_bytes(),
-            ];
-            format!("lg-{:016x}", hash(&parts))
-        });
-        let route = if snapshot.route == 0 { None } else { self.template(interpreter, snapshot.route) };
-        Some(RequestFacts { id, method, path, route, client, trace_id })
+        // What Starlette and FastAPI call it.
+        let route = if snapshot.route == 0 { None } else { self.template(interpreter, snapshot.route, &["path"]) };
+        let facts = RequestFacts { id: given.unwrap_or_default(), method, path, route, client, trace_id };
+        Some(with_id(facts, interpreter.pid, snapshot.scope))
+    }
+
+    /// The request behind a server's own object; its id is made up in the same way if it was given none.
+    pub fn request_of_object(
+        &mut self,
+        interpreter: &Interpreter,
+        object: u64,
+        server: Server,
+    ) -> Result<RequestFacts, Fault> {
+        let Told { method, path, host, port, request_id, trace_id, route } =
+            interpreter.request_object(object, server)?;
+        let client = host.map(|host| peer(&host, port));
+        let route = route
+            .and_then(|route| self.template(interpreter, route, server.template_attributes()))
+            .map(|template| server.template(template));
+        let facts = RequestFacts { id: request_id.unwrap_or_default(), method, path, route, client, trace_id };
+        Ok(with_id(facts, interpreter.pid, object))
     }
 }
 
-impl Interpreter {
-    /// The dict behind `object`, looking through a cell; `None`: something else.
-    pub(super) fn scope_dict(&self, object: u64) -> Result<Option<u64>, Fault> {
-        if object < 4096 {
-            return Ok(None);
-        }
-        let mut object = object;
-        if self.type_of(object)? == self.anchors.cell_type {
-            object = self.cell(object);
-            if object < 4096 {
-                return Ok(None);
-            }
-        }
-        Ok((self.type_of(object)? == self.anchors.dict_type).then_some(object))
+/// Gives a request an id if it has none.
+fn with_id(mut facts: RequestFacts, pid: u32, object: u64) -> RequestFacts {
+    if facts.id.is_empty() {
+        let parts = [
+            &pid.to_le_bytes()[..],
+            &object.to_le_bytes(),
+            facts.path.as_bytes(),
+            facts.client.as_deref().unwrap_or_default().as_bytes(),
+            facts.method.as_deref().unwrap_or_default().as_bytes(),
+        ];
+        facts.id = format!("lg-{:016x}", hash(&parts));
     }
+    facts
 }
 
 /// The host alone where what was copied as the port is none: some servers keep a string there.

@@ -1,6 +1,6 @@
 //! Turns a thread into its current asyncio task, and a task into the request it works for.
 //!
-//! A task that has no ASGI scope in its own coroutines works for whoever awaits it. Where the awaiters lead to several
+//! A task that has no request in its own coroutines works for whoever awaits it. Where the awaiters lead to several
 //! requests the answer is that it can't be told: no guesses.
 
 use std::collections::HashSet;
@@ -10,8 +10,9 @@ use loopguard_common::records::{
 };
 use loopguard_common::walk::{Scratch, snapshot_scope};
 
-use super::code::{Codes, ScopeIn};
+use super::code::{Codes, RequestIn};
 use super::offsets::{RunningLoop, StackTop};
+use super::request_object::{Classes, Server};
 use super::{Fault, Interpreter, PyThreadInfo};
 use crate::runtime::memory::TargetMemory;
 
@@ -84,6 +85,44 @@ impl NotTold {
             Self::Unreadable => "its task could not be read",
             Self::SeveralRequests => "tasks of several requests await it",
             Self::TooManyAwaiters => "too many tasks await each other",
+        }
+    }
+}
+
+/// What is remembered of what frames were met.
+#[derive(Debug, Default)]
+pub(super) struct Met {
+    pub codes: Codes,
+    pub classes: Classes,
+}
+
+/// A request's object in a frame, by its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RequestAt {
+    Scope(u64),
+    Object(u64, Server),
+}
+
+impl RequestAt {
+    pub fn address(self) -> u64 {
+        match self {
+            Self::Scope(address) | Self::Object(address, _) => address,
+        }
+    }
+}
+
+/// The request a task works for.
+pub(super) enum RequestOfTask {
+    Scope(Box<RequestSnapshot>),
+    Object(u64, Server),
+}
+
+impl RequestOfTask {
+    /// Of the scope or the object.
+    pub fn address(&self) -> u64 {
+        match self {
+            Self::Scope(snapshot) => snapshot.scope,
+            Self::Object(address, _) => *address,
         }
     }
 }
@@ -190,21 +229,21 @@ impl Interpreter {
         object != 0 && self.type_name(object).is_ok_and(|name| name.ends_with("Future") || name.ends_with("Task"))
     }
 
-    /// The request a task works for: by a scope in its own coroutines, else by those that await it. `Ok(None)`: it
+    /// The request a task works for: by what stands in its own coroutines, else by those that await it. `Ok(None)`: it
     /// works for none.
-    pub(super) fn request_of_task(&self, codes: &mut Codes, task: u64) -> Result<Option<RequestSnapshot>, NotTold> {
+    pub(super) fn request_of_task(&self, met: &mut Met, task: u64) -> Result<Option<RequestOfTask>, NotTold> {
         if self.task_coroutine(task).is_err() {
             return Err(NotTold::Unreadable);
         }
         let mut visited = HashSet::from([task]);
         let mut hop = vec![task];
-        let mut found: Option<RequestSnapshot> = None;
+        let mut found: Option<RequestOfTask> = None;
         for _ in 0..=MAX_HOPS {
             let mut awaiters = Vec::new();
             for object in std::mem::take(&mut hop) {
-                let request = if self.is_task(object) { self.scope_of_task(codes, object) } else { None };
+                let request = if self.is_task(object) { self.request_in_coroutines(met, object) } else { None };
                 match (request, &found) {
-                    (Some(request), Some(other)) if request.scope != other.scope => {
+                    (Some(request), Some(other)) if request.address() != other.address() => {
                         return Err(NotTold::SeveralRequests);
                     }
                     (Some(request), _) => found = Some(request),
@@ -220,16 +259,22 @@ impl Interpreter {
         Ok(found)
     }
 
-    /// The outermost scope in a task's coroutines, with the first route there is.
-    pub(super) fn scope_of_task(&self, codes: &mut Codes, task: u64) -> Option<RequestSnapshot> {
-        let mut found: Option<RequestSnapshot> = None;
+    /// The outermost request in a task's coroutines; of a scope with the first route there is.
+    pub(super) fn request_in_coroutines(&self, met: &mut Met, task: u64) -> Option<RequestOfTask> {
+        let mut found: Option<Box<RequestSnapshot>> = None;
         for frame in self.coroutine_frames(self.task_coroutine(task).ok()?) {
-            let Ok(Some(scope)) = self.scope_in_frame(codes, frame) else { continue };
+            let scope = match self.request_in_frame(met, frame) {
+                Ok(Some(RequestAt::Scope(scope))) => scope,
+                Ok(Some(RequestAt::Object(address, server))) if found.is_none() => {
+                    return Some(RequestOfTask::Object(address, server));
+                }
+                _ => continue,
+            };
             let (mut scratch, mut snapshot) = (Scratch::default(), NO_REQUEST);
             if !snapshot_scope(&self.memory, &self.offsets.layout, scope, &mut scratch, &mut snapshot) {
                 continue;
             }
-            let request = found.get_or_insert(snapshot);
+            let request = found.get_or_insert_with(|| Box::new(snapshot));
             if request.route == 0 {
                 request.route = snapshot.route;
             }
@@ -237,24 +282,33 @@ impl Interpreter {
                 break;
             }
         }
-        found
+        found.map(RequestOfTask::Scope)
     }
 
-    pub(super) fn scope_in_frame(&self, codes: &mut Codes, frame: u64) -> Result<Option<u64>, Fault> {
+    pub(super) fn request_in_frame(&self, met: &mut Met, frame: u64) -> Result<Option<RequestAt>, Fault> {
         let layout = &self.offsets.layout;
         // Stack references carry tags in their low bits.
         let code = self.memory.field(frame, layout.frame_executable)? & !3;
-        let (slot, is_attribute) = match codes.code(self, code, None)?.scope {
-            ScopeIn::Nowhere => return Ok(None),
-            ScopeIn::Local(slot) => (slot, false),
-            ScopeIn::SelfAttribute => (0, true),
+        let request = met.codes.code(self, code, None)?.request;
+        let slot = match request {
+            RequestIn::Nowhere => return Ok(None),
+            RequestIn::Scope(slot) | RequestIn::Object(slot) => slot,
+            RequestIn::ScopeOfSelf | RequestIn::ObjectOfSelf => 0,
         };
         let local = self.memory.field(frame, u64::from(layout.frame_locals) + slot * 8)? & !3;
-        if local == 0 {
-            return Ok(None);
+        let Some(local) = self.behind_cell(local)? else { return Ok(None) };
+        let object = match request {
+            RequestIn::ScopeOfSelf => self.attribute(local, "scope")?,
+            RequestIn::ObjectOfSelf => self.attribute(local, "request")?,
+            _ => Some(local),
+        };
+        let Some(object) = object else { return Ok(None) };
+        match request {
+            RequestIn::Object(_) | RequestIn::ObjectOfSelf => {
+                Ok(met.classes.server_of(self, object)?.map(|server| RequestAt::Object(object, server)))
+            }
+            _ => Ok((self.type_of(object)? == self.anchors.dict_type).then_some(RequestAt::Scope(object))),
         }
-        let scope = if is_attribute { self.attribute(local, "scope")?.unwrap_or(0) } else { local };
-        self.scope_dict(scope)
     }
 
     /// The interpreter frames of a chain of coroutines that await each other, outermost first.

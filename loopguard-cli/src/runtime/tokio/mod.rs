@@ -5,7 +5,6 @@
 //! the tasks' names ([`name`]). A poll ends behind the call that polls, in tokio's own code: that place is only known
 //! once a poll was seen, by the address it returns to ([`Tokio::poll_return`]).
 
-pub mod http;
 mod ids;
 mod name;
 mod vtable;

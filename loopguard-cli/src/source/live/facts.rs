@@ -216,7 +216,10 @@ impl Live {
         };
         match python.inspector.request_of_task(task.address) {
             Ok(Some(request)) => Owner::Request { request: Arc::new(request), how: How::AsyncioTask },
-            Ok(None) => Owner::NoRequest { task: task.name.or(task.coroutine) },
+            Ok(None) => match task.name.or(task.coroutine) {
+                Some(task) if !python.inspector.has_seen_request() => Owner::Task { task },
+                task => Owner::NoRequest { task },
+            },
             Err(reason) => Owner::Unknown(reason.reason()),
         }
     }

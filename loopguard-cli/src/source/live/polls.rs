@@ -13,11 +13,9 @@ use loopguard_common::{
 use super::{Live, Steps};
 use crate::{
     core::event::{Capture, How, OffCpu, Owner, RequestFacts, Runtime, Stack, Tid},
+    runtime::http::{self, NotHttp},
     runtime::memory::ProcessMemory,
-    runtime::tokio::{
-        self, NotUsable, ReturnSite, Tokio,
-        http::{self, NotHttp},
-    },
+    runtime::tokio::{self, NotUsable, ReturnSite, Tokio},
     source::{kernel::Kernel, process},
 };
 

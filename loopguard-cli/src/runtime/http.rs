@@ -1,6 +1,6 @@
-//! Turns the first bytes that a connection's task has read into the HTTP/1 request it works on.
+//! Turns what a connection has read into the HTTP/1 request it works on.
 //!
-//! The kernel keeps, for each task, what it has read since its last answer began, and how the last answer went out.
+//! Of tokio's tasks the kernel keeps, for each task, what it has read since its last answer began, and how the last answer went out.
 //! From that follows which of the requests is being worked on; where two could be, none is named.
 
 /// Headers and paths are cut at this many bytes.
@@ -56,6 +56,11 @@ impl NotHttp {
             Self::Several => "several requests came at once on the connection",
         }
     }
+}
+
+/// The head that these bytes begin with, or as much of it as is there: its first line at least.
+pub fn head(bytes: &[u8]) -> Option<Head> {
+    Some(parse(bytes)?.head)
 }
 
 /// The request that a task works on.
@@ -152,7 +157,7 @@ fn parse(bytes: &[u8]) -> Option<Request> {
 }
 
 /// `/a/b` of `/a/b?c`, or of `http://host/a/b?c`.
-fn path_of(target: &[u8]) -> Option<String> {
+pub fn path_of(target: &[u8]) -> Option<String> {
     let path = match target {
         [b'/', ..] => target,
         b"*" => target,
