@@ -1,7 +1,7 @@
 //! Turns what a connection has read into the HTTP/1 request it works on.
 //!
-//! Of tokio's tasks the kernel keeps, for each task, what it has read since its last answer began, and how the last answer went out.
-//! From that follows which of the requests is being worked on; where two could be, none is named.
+//! Of each of tokio's tasks the kernel keeps what it has read since its last answer began, and how the last answer went
+//! out. From that follows which of the requests is being worked on; where two could be, none is named.
 
 /// Headers and paths are cut at this many bytes.
 const MAX_TEXT: usize = 256;
