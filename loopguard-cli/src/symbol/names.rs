@@ -1,8 +1,9 @@
 //! Turns places in files into functions, files and lines: those that were inlined there too.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs::File,
+    ops::Range,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -25,6 +26,8 @@ use crate::runtime::target_file;
 
 /// Places that are remembered at least. A server runs through some hundreds again and again, and through others once.
 const PLACES: usize = 512;
+/// Functions of the language's own files that are remembered at most: a server runs through a hundred or two.
+const FUNCTIONS: usize = 1024;
 const MAX_NAME: usize = 512;
 const MAX_PATH: usize = 1024;
 /// Inlined functions at one place.
@@ -48,6 +51,7 @@ const KEPT_TIMES: u32 = 20;
 pub struct Names {
     readers: HashMap<u32, Reader>,
     known: Recent<(u32, u64), Named>,
+    functions: Functions,
     /// A line has many places, and a function that is inlined everywhere even more.
     frames: Shared<Frame>,
     /// A function has many lines, and a file many functions.
@@ -63,6 +67,7 @@ impl Default for Names {
         Self {
             readers: HashMap::new(),
             known: Recent::of(PLACES),
+            functions: Functions::default(),
             frames: Shared::default(),
             texts: Shared::default(),
             sources: HashMap::new(),
@@ -75,10 +80,16 @@ impl Default for Names {
 impl Names {
     pub fn name(&mut self, pid: u32, executable: &str, place: &Place) -> Named {
         let key = (place.object.id, place.address);
-        if let Some(known) = self.known.get(key) {
+        if let Some(known) = self.functions.at(key).or_else(|| self.known.get(key)) {
             return known;
         }
-        let named = self.look_up(pid, executable, place);
+        let named = match self.look_up(pid, executable, place) {
+            Found::Place(named) => named,
+            Found::Function(range, named) => {
+                self.functions.insert(place.object.id, range, named.clone());
+                return named;
+            }
+        };
         if named.is_unnamed && self.nameless.insert(place.object.id, place.object.clone()).is_none() {
             self.new_nameless.push(place.object.clone());
         }
@@ -101,25 +112,42 @@ impl Names {
         self.readers.retain(|_, reader| reader.used.elapsed() < reader.took * KEPT_TIMES);
     }
 
-    fn look_up(&mut self, pid: u32, executable: &str, place: &Place) -> Named {
+    fn look_up(&mut self, pid: u32, executable: &str, place: &Place) -> Found {
         let object = &place.object;
         let sources = self.sources.entry(object.id).or_insert_with(|| Sources::of(pid, object));
         let module = Module { path: &object.path, is_executable: object.path == executable };
         let at = Input::VirtOffset(place.address);
-        let reader = self.readers.entry(object.id).or_insert_with(|| Reader::open(&sources.debug_information, at));
+        // Nobody changes a line of the interpreter or of libc, and their debug information is many times as large as all
+        // else that is read of a server: the names of their functions are enough.
+        let first = if module.is_runtime() { &sources.symbol_table } else { &sources.debug_information };
+        let reader = self.readers.entry(object.id).or_insert_with(|| Reader::open(first, at));
         reader.used = Instant::now();
-        let found = reader.symbolizer.symbolize_single(&sources.debug_information, at);
+        let mut found = reader.symbolizer.symbolize_single(first, at);
+        if module.is_runtime() {
+            if let Ok(Symbolized::Sym(symbol)) = &found {
+                let range = symbol.addr..symbol.addr + symbol.size.unwrap_or_default() as u64;
+                let is_eval = is_eval(&symbol.name);
+                let name = Name::Function(as_written(&symbol.name).to_owned());
+                let frame = frame(&mut self.texts, &module, name, None);
+                let named = Named { frames: [self.frames.one(frame)].into(), is_unnamed: false, is_eval };
+                return if range.contains(&place.address) {
+                    Found::Function(range, named)
+                } else {
+                    Found::Place(named)
+                };
+            }
+            found = reader.symbolizer.symbolize_single(&sources.debug_information, at);
+        }
         let Ok(Symbolized::Sym(symbol)) = found else {
             let function = format!("{}+{:#x}", object.name(), place.address);
             let frame = frame(&mut self.texts, &module, Name::Offset(function), None);
-            return Named { frames: [Arc::new(frame)].into(), is_unnamed: true, is_eval: false };
+            return Found::Place(Named { frames: [Arc::new(frame)].into(), is_unnamed: true, is_eval: false });
         };
-        let is_eval = symbol.name == EVAL || symbol.name.strip_prefix(EVAL).is_some_and(|rest| rest.starts_with('.'));
+        let is_eval = is_eval(&symbol.name);
         let mut name = symbol.name.into_owned();
         if symbol.code_info.as_deref().is_some_and(is_rust)
             && lacks_path(&name)
-            && let Ok(Symbolized::Sym(same)) =
-                reader.symbolizer.symbolize_single(&sources.symbol_table, Input::VirtOffset(place.address))
+            && let Ok(Symbolized::Sym(same)) = reader.symbolizer.symbolize_single(&sources.symbol_table, at)
             && is_path_of(&same.name, &name)
         {
             name = same.name.into_owned();
@@ -131,7 +159,33 @@ impl Names {
         });
         let mut frames: Vec<_> = std::iter::once(outer).chain(inlined).map(|frame| self.frames.one(frame)).collect();
         frames.reverse();
-        Named { frames: frames.into(), is_unnamed: false, is_eval }
+        Found::Place(Named { frames: frames.into(), is_unnamed: false, is_eval })
+    }
+}
+
+/// What a name is true for.
+enum Found {
+    /// For the place that was asked for.
+    Place(Named),
+    /// For all places between two addresses of the file.
+    Function(Range<u64>, Named),
+}
+
+/// Functions whose name is all that is told of them, by their files and addresses.
+#[derive(Default)]
+struct Functions(BTreeMap<(u32, u64), (u64, Named)>);
+
+impl Functions {
+    fn at(&self, (object, address): (u32, u64)) -> Option<Named> {
+        let (&(of, _), (end, named)) = self.0.range(..=(object, address)).next_back()?;
+        (of == object && address < *end).then(|| named.clone())
+    }
+
+    fn insert(&mut self, object: u32, range: Range<u64>, named: Named) {
+        if self.0.len() >= FUNCTIONS {
+            self.0.clear();
+        }
+        self.0.insert((object, range.start), (range.end, named));
     }
 }
 
@@ -155,6 +209,18 @@ impl Reader {
 
 /// The function in which CPython runs frames (`Python/ceval.c`); compilers move its rare parts to `.cold`.
 const EVAL: &str = "_PyEval_EvalFrameDefault";
+
+fn is_eval(function: &str) -> bool {
+    function.strip_prefix(EVAL).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// The name of a function of C in its source: compilers call parts and copies of it `f.cold` and `f.constprop.0`.
+fn as_written(symbol: &str) -> &str {
+    match symbol.split_once('.') {
+        Some((name, _)) if name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') => name,
+        _ => symbol,
+    }
+}
 
 /// Where a file's names are.
 struct Sources {
@@ -282,7 +348,9 @@ mod tests {
         let here = names_come_again_once_what_was_read_is_let_go as fn() as usize as u64;
         let Ok(place) = space.place(&mut objects, here) else { panic!("our own code is in our own file") };
         let mut names = Names::default();
-        let name = |names: &mut Names| names.look_up(pid, "", &place).frames;
+        let name = |names: &mut Names| match names.look_up(pid, "", &place) {
+            Found::Place(named) | Found::Function(_, named) => named.frames,
+        };
         let first = name(&mut names);
         assert!(first.iter().any(|frame| frame.function.contains("names_come_again")), "{first:?}");
         assert!(names.is_reading());
@@ -292,6 +360,60 @@ mod tests {
         names.let_go();
         assert!(!names.is_reading());
         assert_eq!(name(&mut names), first);
+    }
+
+    #[test]
+    fn one_look_names_all_of_a_function_of_the_languages_own() {
+        let (pid, mut objects) = (std::process::id(), Objects::default());
+        let mut space = AddressSpace::new(pid);
+        space.refresh();
+        let start = libc::strtol as *const () as u64;
+        let mut at = |address: u64| match space.place(&mut objects, address) {
+            Ok(place) => place,
+            Err(_) => panic!("libc is a file"),
+        };
+        let (start, inside) = (at(start), at(start + 1));
+        assert!(start.object.name().starts_with("libc.") || start.object.name().starts_with("ld-musl"));
+        let mut names = Names::default();
+        let first = names.name(pid, "", &start);
+        let [frame] = &*first.frames else { panic!("nothing inlined is told: {first:?}") };
+        assert!(frame.function.contains("strtol") && !first.is_unnamed, "{frame:?}");
+        assert_eq!((frame.origin, frame.line), (Origin::Runtime, None));
+        names.readers.clear();
+        assert!(Arc::ptr_eq(&names.name(pid, "", &inside).frames[0], frame));
+        assert!(!names.is_reading());
+    }
+
+    #[test]
+    fn functions_are_known_from_their_first_byte_to_their_last_and_in_their_file() {
+        let mut functions = Functions::default();
+        functions.insert(1, 100..110, unplaced(1));
+        functions.insert(2, 50..60, unplaced(2));
+        let known = |object, address| functions.at((object, address)).map(|named| named.frames[0].function.to_string());
+        for (object, address, expected) in [
+            (1, 99, None),
+            (1, 100, Some("0x1")),
+            (1, 109, Some("0x1")),
+            (1, 110, None),
+            (2, 49, None),
+            (2, 55, Some("0x2")),
+            (2, 105, None),
+            (3, 55, None),
+        ] {
+            assert_eq!(known(object, address).as_deref(), expected, "{object} {address}");
+        }
+    }
+
+    #[test]
+    fn what_a_compiler_added_to_a_name_is_no_part_of_it() {
+        for (symbol, name) in [
+            ("gc_collect_main.constprop.0", "gc_collect_main"),
+            ("time_sleep", "time_sleep"),
+            ("std::filesystem::copy(char const*) [clone .cold]", "std::filesystem::copy(char const*) [clone .cold]"),
+            ("", ""),
+        ] {
+            assert_eq!(as_written(symbol), name);
+        }
     }
 
     #[test]

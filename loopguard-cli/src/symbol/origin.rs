@@ -11,6 +11,13 @@ pub struct Module<'a> {
     pub is_executable: bool,
 }
 
+impl Module<'_> {
+    /// Whether all functions in the file are the language's own, or the event loop's.
+    pub fn is_runtime(&self) -> bool {
+        by_module(self.path) == Some(Origin::Runtime)
+    }
+}
+
 /// Crates that are the language or the event loop.
 const RUNTIME_CRATES: [&str; 9] = [
     "std",
