@@ -1,6 +1,6 @@
 //! `loopguard attach` and `run`: follow processes until they end, the time is over or somebody says stop.
 
-use std::{collections::BTreeSet, ffi::OsString, fs::File, path::Path, time::Duration};
+use std::{collections::BTreeSet, ffi::OsString, fs::File, path::Path, pin::pin, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use tokio::{
@@ -9,6 +9,7 @@ use tokio::{
 };
 
 use crate::{
+    alarm::Alarm,
     args,
     core::{
         event::{Event, TickCounts},
@@ -168,12 +169,12 @@ async fn follow(
     live.scan(&mut events)?;
     let mut command = held.map(Held::go).transpose()?;
 
-    let mut look_at = Instant::now();
+    let look = Alarm::new().context("set a timer")?;
     let mut reap = every(REAP_EVERY);
     let mut status = every(STATUS_EVERY);
     let mut newcomer = every(NEWCOMERS_EVERY);
     let far_away = Duration::from_secs(10 * 365 * 24 * 3600);
-    let end = Instant::now() + arguments.duration.unwrap_or(far_away);
+    let mut end = pin!(sleep_until(Instant::now() + arguments.duration.unwrap_or(far_away)));
     let mut no_loop_hint = Some(Instant::now() + NO_LOOP_HINT);
     let mut saw_loop = false;
 
@@ -206,7 +207,10 @@ async fn follow(
                 ready?;
                 live.drain(&mut events)?;
             }
-            () = sleep_until(look_at) => look_at = Instant::now() + live.watch(&mut events)?,
+            rings = look.rings() => {
+                rings.context("wait for a timer")?;
+                look.set(live.watch(&mut events)?).context("set a timer")?;
+            }
             _ = reap.tick() => {
                 live.drain(&mut events)?;
                 live.reap(&mut events);
@@ -231,7 +235,7 @@ async fn follow(
                 }
                 live.scan(&mut events)?;
             }
-            _ = sleep_until(end) => break,
+            () = &mut end => break,
             told = stop.told() => match (told, &mut command) {
                 // Somebody rotates logs. Without one it says that the terminal is gone.
                 (Told::HangUp, _) if arguments.monitoring.log.is_some() => {

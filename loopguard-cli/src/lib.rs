@@ -3,6 +3,7 @@
 //! The data's way: kernel record ([`source`]) → [`core::event::Event`] → [`core::profile::Profile::apply`] →
 //! [`core::incident::Update`] → [`sink`].
 
+mod alarm;
 pub mod args;
 pub mod attach;
 pub mod config;
