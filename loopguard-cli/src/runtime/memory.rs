@@ -99,17 +99,20 @@ pub struct ProcessMemory {
 }
 
 impl ProcessMemory {
-    /// Fills `to` with whole pages; returns how many were read before one that can't be.
-    fn read_pages(&self, pages: &[u64], to: &mut [u8]) -> usize {
-        debug_assert_eq!(to.len(), pages.len() * PAGE);
+    /// Fills `to` with parts of pages; returns how many bytes were read before one that can't be.
+    fn read_parts(&self, parts: &[(u64, Part)], to: &mut [u8]) -> usize {
+        debug_assert_eq!(to.len(), parts.iter().map(|(_, part)| part.len()).sum::<usize>());
         let local = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
-        let remote: Vec<libc::iovec> =
-            pages.iter().map(|&page| libc::iovec { iov_base: page as *mut libc::c_void, iov_len: PAGE }).collect();
+        let remote = |&(page, part): &(u64, Part)| libc::iovec {
+            iov_base: (page + part.start as u64) as *mut libc::c_void,
+            iov_len: part.len(),
+        };
+        let remote: Vec<libc::iovec> = parts.iter().map(remote).collect();
         // SAFETY: `local` describes `to`; the others are only addresses to the kernel.
         let got = unsafe {
             libc::process_vm_readv(self.pid as libc::pid_t, &local, 1, remote.as_ptr(), remote.len() as u64, 0)
         };
-        usize::try_from(got).unwrap_or_default() / PAGE
+        usize::try_from(got).unwrap_or_default()
     }
 
     /// What there is from `address` on, at most `length` bytes.
@@ -168,6 +171,9 @@ const ROOM_KEPT: usize = 64;
 /// Reads from this size on are not worth keeping.
 const LARGE_READ: usize = 4 * PAGE;
 
+/// Parts of pages begin and end at a multiple of this, a line of the processor's cache.
+const LINE: usize = 64;
+
 /// The memory of a live process; during a [`Glance`] every page is read once.
 ///
 /// One look follows hundreds of pointers, and most lead to a few pages: a system call for each of them costs far more
@@ -187,8 +193,8 @@ struct KeptPages {
     bytes: Vec<u8>,
     /// How many of them this look has filled.
     filled: usize,
-    /// What the last look of each kind that comes again and again needed.
-    usual: [Vec<u64>; 2],
+    /// What the last look of each kind that comes again and again needed, by pages.
+    usual: [Vec<(u64, Part)>; 2],
 }
 
 /// Looks that come again and again and lead to the same places, all of a kind.
@@ -200,48 +206,82 @@ pub enum Usual {
     Thorough,
 }
 
+/// What was read of a page.
 #[derive(Clone, Copy, Debug)]
 struct Kept {
-    /// Where the page begins among the bytes.
+    /// Where it begins among the bytes.
     at: usize,
-    is_used: bool,
+    read: Part,
+    /// What this look needed of it.
+    used: Part,
+}
+
+/// Bytes of a page, from and to; where both are the same, none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Part {
+    start: usize,
+    end: usize,
+}
+
+impl Part {
+    const NONE: Self = Self { start: PAGE, end: 0 };
+    const PAGE: Self = Self { start: 0, end: PAGE };
+
+    fn has(self, other: Self) -> bool {
+        self.start <= other.start && other.end <= self.end
+    }
+
+    /// Both, and what lies between.
+    fn and(self, other: Self) -> Self {
+        Self { start: self.start.min(other.start), end: self.end.max(other.end) }
+    }
+
+    fn len(self) -> usize {
+        self.end.saturating_sub(self.start)
+    }
 }
 
 impl KeptPages {
-    fn page(&mut self, memory: &ProcessMemory, page: u64) -> Result<&[u8], Fault> {
-        let at = match self.at.get_mut(&page) {
-            Some(kept) => {
-                kept.is_used = true;
-                kept.at
-            }
-            None => {
+    fn bytes(&mut self, memory: &ProcessMemory, page: u64, part: Part) -> Result<&[u8], Fault> {
+        let known = self.at.get(&page).copied();
+        let mut kept = match known {
+            Some(kept) if kept.read.has(part) => kept,
+            _ => {
                 if self.at.len() >= MAX_PAGES {
                     self.clear();
                 }
                 let at = self.filled;
-                memory.read_exact(page, self.room(1))?;
+                memory.read_exact(page, self.room(PAGE))?;
                 self.filled += PAGE;
-                self.at.insert(page, Kept { at, is_used: true });
-                at
+                // What was usual and is not enough grows: objects of a kind come and go in the same pages.
+                let used = known.map_or(Part::NONE, |known| known.read);
+                Kept { at, read: Part::PAGE, used }
             }
         };
-        Ok(&self.bytes[at..at + PAGE])
+        kept.used = kept.used.and(part);
+        self.at.insert(page, kept);
+        let start = kept.at + part.start - kept.read.start;
+        Ok(&self.bytes[start..start + part.len()])
     }
 
     /// Reads what the last look of the kind needed by one system call: most of it is where it was. Pages behind one that
     /// is gone are read when they are needed.
     fn read_usual(&mut self, memory: &ProcessMemory, kind: Usual) {
         let usual = std::mem::take(&mut self.usual[kind as usize]);
-        let got = memory.read_pages(&usual, self.room(usual.len()));
-        self.filled = got * PAGE;
-        let read = usual.iter().take(got).enumerate();
-        self.at.extend(read.map(|(i, &page)| (page, Kept { at: i * PAGE, is_used: false })));
+        let got = memory.read_parts(&usual, self.room(usual.iter().map(|(_, part)| part.len()).sum()));
+        for &(page, part) in &usual {
+            if self.filled + part.len() > got {
+                break;
+            }
+            self.at.insert(page, Kept { at: self.filled, read: part, used: Part::NONE });
+            self.filled += part.len();
+        }
         self.usual[kind as usize] = usual;
     }
 
-    /// Where the next pages go.
-    fn room(&mut self, pages: usize) -> &mut [u8] {
-        let end = self.filled + pages * PAGE;
+    /// Where the next bytes go.
+    fn room(&mut self, bytes: usize) -> &mut [u8] {
+        let end = self.filled + bytes;
         if self.bytes.len() < end {
             self.bytes.resize(end, 0);
         }
@@ -251,8 +291,11 @@ impl KeptPages {
     fn remember_usual(&mut self, kind: Usual) {
         let usual = &mut self.usual[kind as usize];
         usual.clear();
-        usual.extend(self.at.iter().filter(|(_, kept)| kept.is_used).map(|(&page, _)| page));
-        usual.sort_unstable();
+        usual.extend(self.at.iter().filter(|(_, kept)| kept.used != Part::NONE).map(|(&page, kept)| {
+            let Part { start, end } = kept.used;
+            (page, Part { start: start / LINE * LINE, end: end.next_multiple_of(LINE) })
+        }));
+        usual.sort_unstable_by_key(|&(page, _)| page);
     }
 
     fn clear(&mut self) {
@@ -279,11 +322,12 @@ impl KeptPages {
             let at = address.wrapping_add(done as u64);
             let offset = at as usize % PAGE;
             let piece = (length - done).min(PAGE - offset);
-            let page = self.page(memory, at - offset as u64).map_err(|fault| match fault {
+            let part = Part { start: offset, end: offset + piece };
+            let bytes = self.bytes(memory, at - offset as u64, part).map_err(|fault| match fault {
                 Fault::Unmapped { .. } => Fault::Unmapped { address, length },
                 other => other,
             })?;
-            take(done, &page[offset..offset + piece]);
+            take(done, bytes);
             done += piece;
         }
         Ok(())
@@ -619,6 +663,8 @@ mod tests {
             bytes.fill(3);
             // As it was when the glance began, but for what the last one did not need.
             assert_eq!((read(0), read(3 * PAGE), read(2 * PAGE)), (vec![2], vec![3], vec![2]));
+            // Nor was more read of a page than that.
+            assert_eq!((read(PAGE / 2), read(2 * PAGE)), (vec![3], vec![2]));
         }
         {
             let _glance = source.glance();
@@ -647,11 +693,27 @@ mod tests {
         let here = ProcessMemory { pid: std::process::id() };
         let bytes = vec![7u8; 3 * PAGE];
         let page = (bytes.as_ptr() as u64).next_multiple_of(PAGE as u64);
-        let mut to = vec![0; 3 * PAGE];
-        assert_eq!(here.read_pages(&[page, 0, page + PAGE as u64], &mut to), 1);
-        assert_eq!(to[..PAGE], [7; PAGE]);
+        let (part, mut to) = (Part { start: 64, end: 192 }, vec![0; 2 * PAGE + 128]);
+        assert_eq!(here.read_parts(&[(page, part), (0, Part::PAGE), (page + PAGE as u64, Part::PAGE)], &mut to), 128);
+        assert_eq!(to[..128], [7; 128]);
         assert_eq!(here.bytes_up_to(page, 100), [7; 100]);
         assert!(here.bytes_up_to(8, 100).is_empty());
+    }
+
+    #[test]
+    fn what_is_usual_of_a_page_grows_by_what_it_lacked() {
+        let source = Source::Live(ProcessMemory { pid: std::process::id() }.into());
+        let mut bytes = vec![1u8; 3 * PAGE];
+        let start = (bytes.as_ptr() as u64).next_multiple_of(PAGE as u64);
+        let read = |at: usize| source.bytes(start + at as u64, 4).unwrap();
+        for at in [100, 1000, 2000] {
+            let _glance = source.usual_glance(Usual::Brief);
+            assert_eq!(read(at), [1; 4]);
+        }
+        let _glance = source.usual_glance(Usual::Brief);
+        bytes.fill(2);
+        // All that the looks before needed, and what lies between.
+        assert_eq!((read(64), read(2044), read(60)), (vec![1; 4], vec![1; 4], vec![2; 4]));
     }
 
     #[test]
