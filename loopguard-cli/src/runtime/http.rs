@@ -141,7 +141,7 @@ fn parse(bytes: &[u8]) -> Option<Request> {
         method: text(method),
         path,
         request_id: whole("x-request-id").map(text),
-        trace_id: whole("traceparent").and_then(trace_id),
+        trace_id: whole("traceparent").and_then(|header| trace_id(&text(header))),
     };
     let length = head_end.and_then(|head_end| {
         if whole("transfer-encoding").is_some() || whole("upgrade").is_some() {
@@ -189,10 +189,15 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// The second field of `00-<trace id>-<parent id>-<flags>` (W3C Trace Context).
-fn trace_id(value: &[u8]) -> Option<String> {
-    let id = value.split(|&byte| byte == b'-').nth(1)?;
-    (id.len() == 32 && id.iter().all(u8::is_ascii_hexdigit)).then(|| text(id))
+/// The trace id of a `traceparent` header (W3C Trace Context: `version-trace_id-parent_id-flags`).
+pub fn trace_id(header: &str) -> Option<String> {
+    let mut fields = header.trim().split('-');
+    let mut hex = |length: usize| {
+        fields.next().filter(|field| field.len() == length && field.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    };
+    let (version, trace, _parent, _flags) = (hex(2)?, hex(32)?, hex(16)?, hex(2)?);
+    let valid = !version.eq_ignore_ascii_case("ff") && trace.bytes().any(|byte| byte != b'0');
+    valid.then(|| trace.to_ascii_lowercase())
 }
 
 /// Whether all of an answer was written: its head says how long it is.
@@ -252,7 +257,34 @@ mod tests {
         let parent = "0af7651916cd43dd8448eb211c80319c";
         let traced = format!("GET / HTTP/1.1\r\ntraceparent: 00-{parent}-b7ad6b7169203331-01\r\n\r\n");
         assert_eq!(current(&trail(&traced, 0, "")).unwrap().trace_id.as_deref(), Some(parent));
-        assert_eq!(trace_id(b"00-short-b7ad6b7169203331-01"), None);
+    }
+
+    #[test]
+    fn trace_ids() {
+        let id = "4bf92f3577b34da6a3ce929d0e0e4736";
+        assert_eq!(trace_id(&format!("00-{id}-00f067aa0ba902b7-01")).as_deref(), Some(id));
+        assert_eq!(trace_id(&format!(" 00-{}-00f067aa0ba902b7-01 ", id.to_uppercase())).as_deref(), Some(id));
+        // A later version may add fields.
+        assert_eq!(trace_id(&format!("01-{id}-00f067aa0ba902b7-01-more")).as_deref(), Some(id));
+        for header in [
+            "",
+            "00",
+            id,
+            &format!("00-{id}"),
+            &format!("ff-{id}-00f067aa0ba902b7-01"),
+            &format!("00-{id}0-00f067aa0ba902b7-01"),
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e473g-00f067aa0ba902b7-01",
+        ] {
+            assert_eq!(trace_id(header), None, "{header}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_is_harmless(header: String) {
+            trace_id(&header);
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ import time
 
 
 def sleep(ms: int) -> None:
-    time.sleep(ms / 1000)  # line: sleep
+    time.sleep(ms / 1000)
 
 
 def compute(ms: int) -> None:

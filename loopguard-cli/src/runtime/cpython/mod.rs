@@ -29,7 +29,6 @@ use offsets::{ASYNCIO_OFFSETS_SIZE, AsyncioOffsets, BadOffsets, DEBUG_OFFSETS_SI
 
 pub use inspect::{Inspector, incomplete};
 pub use probe::StepProbe;
-pub use request::trace_id;
 pub use task::{NotTold, TaskFacts};
 
 const MAX_INTERPRETERS: usize = 64;

@@ -8,6 +8,7 @@ use loopguard_common::records::RequestSnapshot;
 use super::request_object::{Server, Told};
 use super::{Fault, Interpreter};
 use crate::core::event::RequestFacts;
+use crate::runtime::http::trace_id;
 
 /// Route objects kept at a time.
 const MAX_ROUTES: usize = 2048;
@@ -105,17 +106,6 @@ fn peer(host: &str, port: u32) -> String {
     if host.parse::<Ipv6Addr>().is_ok() { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
 
-/// The trace id of a `traceparent` header (W3C Trace Context: `version-trace_id-parent_id-flags`).
-pub fn trace_id(header: &str) -> Option<String> {
-    let mut fields = header.trim().split('-');
-    let mut hex = |length: usize| {
-        fields.next().filter(|field| field.len() == length && field.bytes().all(|byte| byte.is_ascii_hexdigit()))
-    };
-    let (version, trace, _parent, _flags) = (hex(2)?, hex(32)?, hex(16)?, hex(2)?);
-    let valid = !version.eq_ignore_ascii_case("ff") && trace.bytes().any(|byte| byte != b'0');
-    valid.then(|| trace.to_ascii_lowercase())
-}
-
 /// FNV-1a, so that an id is the same in every run; each part is told from the next.
 fn hash(parts: &[&[u8]]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
@@ -130,35 +120,6 @@ fn hash(parts: &[&[u8]]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn trace_ids() {
-        let id = "4bf92f3577b34da6a3ce929d0e0e4736";
-        assert_eq!(trace_id(&format!("00-{id}-00f067aa0ba902b7-01")).as_deref(), Some(id));
-        assert_eq!(trace_id(&format!(" 00-{}-00f067aa0ba902b7-01 ", id.to_uppercase())).as_deref(), Some(id));
-        // A later version may add fields.
-        assert_eq!(trace_id(&format!("01-{id}-00f067aa0ba902b7-01-more")).as_deref(), Some(id));
-        for header in [
-            "",
-            "00",
-            id,
-            &format!("00-{id}"),
-            &format!("ff-{id}-00f067aa0ba902b7-01"),
-            &format!("00-{id}0-00f067aa0ba902b7-01"),
-            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
-            "00-4bf92f3577b34da6a3ce929d0e0e473g-00f067aa0ba902b7-01",
-        ] {
-            assert_eq!(trace_id(header), None, "{header}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn any_header_is_harmless(header: String) {
-            trace_id(&header);
-        }
-    }
 
     #[test]
     fn peers() {

@@ -5,8 +5,8 @@
 
 use std::collections::HashMap;
 
-use super::{Fault, Interpreter, trace_id};
-use crate::runtime::http;
+use super::{Fault, Interpreter};
+use crate::runtime::http::{self, trace_id};
 use crate::runtime::memory::TargetMemory;
 
 /// Classes that are remembered.
@@ -145,15 +145,9 @@ impl Interpreter {
             && self.is_tuple(peer)?
             && let &[host, port] = self.tuple(peer, 2)?.as_slice()
         {
-            (told.host, told.port) = (self.str(host, MAX_TEXT).ok(), self.port(port)?);
+            self.tell_client(&mut told, Some(host), Some(port));
         }
-        told.route = match self.attribute(object, "_match_info")? {
-            Some(found) => match self.attribute(found, "_route")? {
-                Some(route) => self.attribute(route, "_resource")?,
-                None => None,
-            },
-            None => None,
-        };
+        told.route = self.attribute_of_attributes(object, &["_match_info", "_route", "_resource"])?;
         Ok(told)
     }
 
@@ -175,12 +169,8 @@ impl Interpreter {
             ..Told::default()
         };
         if let Some(connection) = self.attribute(object, "conn_info")? {
-            if let Some(host) = self.attribute(connection, "client_ip")? {
-                told.host = self.str(host, MAX_TEXT).ok().filter(|host| !host.is_empty());
-            }
-            if let Some(port) = self.attribute(connection, "client_port")? {
-                told.port = self.port(port)?;
-            }
+            let [host, port] = ["client_ip", "client_port"].map(|name| self.attribute(connection, name));
+            self.tell_client(&mut told, host?, port?);
         }
         Ok(told)
     }
@@ -191,11 +181,8 @@ impl Interpreter {
         if let Some(method) = self.attribute(object, "method")? {
             told.method = self.str(method, MAX_METHOD).ok();
         }
-        if let Some(host) = self.attribute(object, "remote_ip")? {
-            told.host = self.str(host, MAX_TEXT).ok();
-        }
-        let Some(headers) = self.attribute(object, "headers")? else { return Ok(told) };
-        let Some(lists) = self.attribute(headers, "_as_list")? else { return Ok(told) };
+        self.tell_client(&mut told, self.attribute(object, "remote_ip")?, None);
+        let Some(lists) = self.attribute_of_attributes(object, &["headers", "_as_list"])? else { return Ok(told) };
         for (name, values) in self.dict_entries(lists)?.into_iter().take(MAX_HEADERS) {
             let first = || self.memory.u64(self.memory.field(values, self.offsets.layout.list_items)?);
             told.header(self.str(name, MAX_NAME)?.as_bytes(), || self.str(first()?, MAX_TEXT))?;
@@ -217,8 +204,19 @@ impl Interpreter {
         Ok(String::from_utf8_lossy(&self.bytes(object, MAX_TEXT)?).into_owned())
     }
 
-    fn port(&self, object: u64) -> Result<u32, Fault> {
-        self.memory.u32(object.wrapping_add(self.offsets.layout.long_digit.into()))
+    /// `object.a.b` for `["a", "b"]`.
+    fn attribute_of_attributes(&self, object: u64, names: &[&str]) -> Result<Option<u64>, Fault> {
+        names.iter().try_fold(Some(object), |of, name| of.map_or(Ok(None), |of| self.attribute(of, name)))
+    }
+
+    /// Takes a client's host and port, where they are a text and a number.
+    fn tell_client(&self, told: &mut Told, host: Option<u64>, port: Option<u64>) {
+        told.host = host.and_then(|host| self.str(host, MAX_TEXT).ok()).filter(|host| !host.is_empty());
+        if let Some(port) = port
+            && self.type_name(port).is_ok_and(|name| name == "int")
+        {
+            told.port = self.memory.u32(port.wrapping_add(self.offsets.layout.long_digit.into())).unwrap_or_default();
+        }
     }
 }
 

@@ -87,7 +87,7 @@ impl Requests {
         let key = (record.header.tgid, record.id);
         let text = |bytes: &[u8], length: u32| text(bytes, length as usize);
         let name = text(&record.request_id, record.request_id_length);
-        let trace_id = crate::runtime::cpython::trace_id(&name);
+        let trace_id = crate::runtime::http::trace_id(&name);
         let id = if name.is_empty() || trace_id.is_some() { own_id(key) } else { name.trim().to_owned() };
         let method = text(&record.method, record.method_length);
         let facts = RequestFacts {
