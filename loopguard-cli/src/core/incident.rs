@@ -270,8 +270,11 @@ fn is_machinery(frame: &Frame) -> bool {
     }
     match frame.file.as_deref() {
         Some(file) => ["/Objects/", "/Python/", "/Include/"].iter().any(|folder| file.contains(folder)),
-        // Stripped: the names that are left are those of the C interface, and file+offset.
-        None => frame.function.starts_with('_') || frame.function.starts_with("Py") || frame.function.contains('+'),
+        // Without debug information, names tell: of the C interface, of what leads to a C function, and file+offset.
+        None => {
+            let name = &*frame.function;
+            name.starts_with("_") || name.starts_with("Py") || name.contains("vectorcall") || name.contains("+")
+        }
     }
 }
 
@@ -353,5 +356,35 @@ mod tests {
     fn more_off_cpu_time_than_time_is_scaled_down() {
         let scaled = split(100, [150, 50, 0]);
         assert_eq!(scaled, Split { on_cpu_ns: 0, waiting_ns: 75, gil_ns: 25, run_queue_ns: 0 });
+    }
+
+    #[test]
+    fn a_line_calls_what_the_interpreter_called_for_it() {
+        let time_sleep = "time_sleep@/usr/bin/python3.13@/src/Modules/timemodule.c";
+        let vectorcall = "cfunction_vectorcall_O@/usr/bin/python3.13@/src/Objects/methodobject.c";
+        let push = "_PyEvalFramePushAndInit@/opt/lib/libpython3.13.so.1.0@/src/Python/ceval.c";
+        let (libc, hash) = ("clock_nanosleep@/lib/libc.so.6@", "pbkdf2_hmac@/v/lib-dynload/_hashlib.so@");
+        let (bare_sleep, bare_call) = ("time_sleep@/usr/bin/python3@", "cfunction_vectorcall_O@/usr/bin/python3@");
+        let unnamed = "python3+0x1234@/usr/bin/python3@";
+        for (frames, expected) in [
+            (&[libc, time_sleep][..], Some("time_sleep")),
+            (&[libc, time_sleep, vectorcall], Some("time_sleep")),
+            (&[libc, bare_sleep, bare_call], Some("time_sleep")),
+            (&[hash, bare_call, unnamed], Some("pbkdf2_hmac")),
+            // What the interpreter does for itself.
+            (&[libc, push], None),
+            (&[libc, unnamed], None),
+            (&[vectorcall], None),
+            (&[], None),
+        ] {
+            let frame = |text: &&str| {
+                let [function, module, file] = text.splitn(3, '@').collect::<Vec<_>>()[..] else { panic!("{text}") };
+                let file = (!file.is_empty()).then(|| file.into());
+                let (function, module) = (function.into(), Some(module.into()));
+                Arc::new(Frame { kind: FrameKind::Native, origin: Origin::Runtime, function, file, line: None, module })
+            };
+            let frames: Vec<_> = frames.iter().map(frame).collect();
+            assert_eq!(called(&frames).map(|frame| &*frame.function), expected, "{frames:?}");
+        }
     }
 }

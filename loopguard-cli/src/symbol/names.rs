@@ -117,25 +117,16 @@ impl Names {
         let sources = self.sources.entry(object.id).or_insert_with(|| Sources::of(pid, object));
         let module = Module { path: &object.path, is_executable: object.path == executable };
         let at = Input::VirtOffset(place.address);
-        // Nobody changes a line of the interpreter or of libc, and their debug information is many times as large as all
-        // else that is read of a server: the names of their functions are enough.
-        let first = if module.is_runtime() { &sources.symbol_table } else { &sources.debug_information };
+        // Nobody changes a line of the interpreter or of libc: the names of their functions are enough, and debug
+        // information is many times as large as all else that is read of a server. Of the interpreter the files are
+        // needed too: they tell the modules that a program calls from what runs the program.
+        let is_told_by_function = module.is_runtime();
+        let by_symbols = is_told_by_function && !module.is_interpreter();
+        let first = if by_symbols { &sources.symbol_table } else { &sources.debug_information };
         let reader = self.readers.entry(object.id).or_insert_with(|| Reader::open(first, at));
         reader.used = Instant::now();
         let mut found = reader.symbolizer.symbolize_single(first, at);
-        if module.is_runtime() {
-            if let Ok(Symbolized::Sym(symbol)) = &found {
-                let range = symbol.addr..symbol.addr + symbol.size.unwrap_or_default() as u64;
-                let is_eval = is_eval(&symbol.name);
-                let name = Name::Function(as_written(&symbol.name).to_owned());
-                let frame = frame(&mut self.texts, &module, name, None);
-                let named = Named { frames: [self.frames.one(frame)].into(), is_unnamed: false, is_eval };
-                return if range.contains(&place.address) {
-                    Found::Function(range, named)
-                } else {
-                    Found::Place(named)
-                };
-            }
+        if by_symbols && !matches!(found, Ok(Symbolized::Sym(_))) {
             found = reader.symbolizer.symbolize_single(&sources.debug_information, at);
         }
         let Ok(Symbolized::Sym(symbol)) = found else {
@@ -144,6 +135,13 @@ impl Names {
             return Found::Place(Named { frames: [Arc::new(frame)].into(), is_unnamed: true, is_eval: false });
         };
         let is_eval = is_eval(&symbol.name);
+        if is_told_by_function {
+            let name = Name::Function(as_written(&symbol.name).to_owned());
+            let frame = Frame { line: None, ..frame(&mut self.texts, &module, name, symbol.code_info.as_deref()) };
+            let named = Named { frames: [self.frames.one(frame)].into(), is_unnamed: false, is_eval };
+            let range = symbol.addr..symbol.addr.saturating_add(symbol.size.unwrap_or_default() as u64);
+            return if range.contains(&place.address) { Found::Function(range, named) } else { Found::Place(named) };
+        }
         let mut name = symbol.name.into_owned();
         if symbol.code_info.as_deref().is_some_and(is_rust)
             && lacks_path(&name)
@@ -171,7 +169,7 @@ enum Found {
     Function(Range<u64>, Named),
 }
 
-/// Functions whose name is all that is told of them, by their files and addresses.
+/// Functions of which no lines are told, by their files and addresses.
 #[derive(Default)]
 struct Functions(BTreeMap<(u32, u64), (u64, Named)>);
 
@@ -381,6 +379,30 @@ mod tests {
         assert_eq!((frame.origin, frame.line), (Origin::Runtime, None));
         names.readers.clear();
         assert!(Arc::ptr_eq(&names.name(pid, "", &inside).frames[0], frame));
+        assert!(!names.is_reading());
+    }
+
+    #[test]
+    fn the_interpreters_functions_have_files_and_no_lines() {
+        let path = std::env::current_exe().expect("a test is a file");
+        let file = std::fs::File::open(&path).expect("it can be read");
+        let object = Arc::new(Object::new(1, file, "/usr/bin/python3.13").expect("it is a program"));
+        let (pid, mut space) = (std::process::id(), AddressSpace::new(std::process::id()));
+        space.refresh();
+        let Ok(here) =
+            space.place(&mut Objects::default(), as_written as fn(&'static str) -> &'static str as usize as u64)
+        else {
+            panic!("our own code is in our own file")
+        };
+        let at = |address: u64| Place { object: object.clone(), address };
+        let mut names = Names::default();
+        let first = names.name(pid, "", &at(here.address));
+        let [frame] = &*first.frames else { panic!("nothing inlined is told: {first:?}") };
+        assert!(frame.function.contains("as_written"), "{frame:?}");
+        assert!(frame.file.as_deref().is_some_and(|file| file.ends_with("names.rs")), "{frame:?}");
+        assert_eq!((frame.origin, frame.line), (Origin::Runtime, None));
+        names.readers.clear();
+        assert!(Arc::ptr_eq(&names.name(pid, "", &at(here.address + 1)).frames[0], frame));
         assert!(!names.is_reading());
     }
 

@@ -39,7 +39,7 @@ pub struct Object {
 }
 
 impl Object {
-    fn new(id: u32, file: File, path: &str) -> io::Result<Self> {
+    pub(super) fn new(id: u32, file: File, path: &str) -> io::Result<Self> {
         let image = Image::of_file(file)?;
         let build_id = image.section_bytes(".note.gnu.build-id").and_then(|(_, note)| build_id(&note));
         Ok(Self {

@@ -12,6 +12,12 @@ pub struct Module<'a> {
 }
 
 impl Module<'_> {
+    /// Whether it is CPython itself. Modules that come in files of their own are not in it.
+    pub fn is_interpreter(&self) -> bool {
+        let name = self.path.rsplit('/').next().unwrap_or(self.path);
+        name.starts_with("libpython") || is_python(name)
+    }
+
     /// Whether all functions in the file are the language's own, or the event loop's.
     pub fn is_runtime(&self) -> bool {
         by_module(self.path) == Some(Origin::Runtime)
@@ -61,7 +67,7 @@ pub fn origin(module: &Module, function: Option<&str>, file: Option<&str>) -> Or
 /// What the place of the file alone tells.
 fn by_module(path: &str) -> Option<Origin> {
     let name = path.rsplit('/').next().unwrap_or(path);
-    if path == "[vdso]" || name.starts_with("libpython") || is_python(name) {
+    if path == "[vdso]" || (Module { path, is_executable: false }).is_interpreter() {
         return Some(Origin::Runtime);
     }
     if RUNTIME_LIBRARIES.iter().any(|library| name.starts_with(library)) || path.contains("/lib-dynload/") {
