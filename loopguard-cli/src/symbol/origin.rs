@@ -14,8 +14,7 @@ pub struct Module<'a> {
 impl Module<'_> {
     /// Whether it is CPython itself. Modules that come in files of their own are not in it.
     pub fn is_interpreter(&self) -> bool {
-        let name = self.path.rsplit('/').next().unwrap_or(self.path);
-        name.starts_with("libpython") || is_python(name)
+        is_interpreter(file_name(self.path))
     }
 
     /// Whether all functions in the file are the language's own, or the event loop's.
@@ -66,8 +65,8 @@ pub fn origin(module: &Module, function: Option<&str>, file: Option<&str>) -> Or
 
 /// What the place of the file alone tells.
 fn by_module(path: &str) -> Option<Origin> {
-    let name = path.rsplit('/').next().unwrap_or(path);
-    if path == "[vdso]" || (Module { path, is_executable: false }).is_interpreter() {
+    let name = file_name(path);
+    if path == "[vdso]" || is_interpreter(name) {
         return Some(Origin::Runtime);
     }
     if RUNTIME_LIBRARIES.iter().any(|library| name.starts_with(library)) || path.contains("/lib-dynload/") {
@@ -79,9 +78,14 @@ fn by_module(path: &str) -> Option<Origin> {
     SYSTEM_FOLDERS.iter().any(|folder| path.starts_with(folder)).then_some(Origin::Library)
 }
 
-/// `python3.12`, and no program that only begins with that word.
-fn is_python(name: &str) -> bool {
-    name.strip_prefix("python").is_some_and(|rest| rest.chars().all(|char| char.is_ascii_digit() || char == '.'))
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+/// `libpython3.12.so.1.0` or `python3.12`, and no program that only begins with that word.
+fn is_interpreter(name: &str) -> bool {
+    let is_python = |rest: &str| rest.chars().all(|char| char.is_ascii_digit() || char == '.');
+    name.starts_with("libpython") || name.strip_prefix("python").is_some_and(is_python)
 }
 
 /// Where Rust's sources lie: the toolchain's are remapped to `/rustc/HASH`, cargo's are in its own folders.
@@ -116,7 +120,7 @@ fn crate_of(function: &str) -> Option<&str> {
 }
 
 fn is_own_crate(name: &str, module: &Module) -> bool {
-    let file = module.path.rsplit('/').next().unwrap_or(module.path);
+    let file = file_name(module.path);
     module.is_executable && file.replace('-', "_") == name
 }
 
