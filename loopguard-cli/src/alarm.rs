@@ -44,7 +44,7 @@ impl Alarm {
         if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Waits until it rings.
+    /// Waits until it rings. Nothing is read of it: setting it again takes back that it rang.
     pub async fn rings(&self) -> io::Result<()> {
         self.0.readable().await?.clear_ready();
         Ok(())

@@ -273,7 +273,7 @@ fn is_machinery(frame: &Frame) -> bool {
         // Without debug information, names tell: of the C interface, of what leads to a C function, and file+offset.
         None => {
             let name = &*frame.function;
-            name.starts_with("_") || name.starts_with("Py") || name.contains("vectorcall") || name.contains("+")
+            name.starts_with('_') || name.starts_with("Py") || name.contains("vectorcall") || name.contains('+')
         }
     }
 }

@@ -216,7 +216,7 @@ struct Kept {
     used: Part,
 }
 
-/// Bytes of a page, from and to; where both are the same, none.
+/// Bytes of a page, from and to; none where it ends before it begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Part {
     start: usize,
@@ -243,24 +243,24 @@ impl Part {
 
 impl KeptPages {
     fn bytes(&mut self, memory: &ProcessMemory, page: u64, part: Part) -> Result<&[u8], Fault> {
-        let known = self.at.get(&page).copied();
-        let mut kept = match known {
-            Some(kept) if kept.read.has(part) => kept,
-            _ => {
+        let start = match self.at.get_mut(&page) {
+            Some(kept) if kept.read.has(part) => {
+                kept.used = kept.used.and(part);
+                kept.at + part.start - kept.read.start
+            }
+            known => {
+                // What was usual and is not enough grows: objects of a kind come and go in the same pages.
+                let used = known.map_or(Part::NONE, |known| known.read).and(part);
                 if self.at.len() >= MAX_PAGES {
                     self.clear();
                 }
                 let at = self.filled;
                 memory.read_exact(page, self.room(PAGE))?;
                 self.filled += PAGE;
-                // What was usual and is not enough grows: objects of a kind come and go in the same pages.
-                let used = known.map_or(Part::NONE, |known| known.read);
-                Kept { at, read: Part::PAGE, used }
+                self.at.insert(page, Kept { at, read: Part::PAGE, used });
+                at + part.start
             }
         };
-        kept.used = kept.used.and(part);
-        self.at.insert(page, kept);
-        let start = kept.at + part.start - kept.read.start;
         Ok(&self.bytes[start..start + part.len()])
     }
 

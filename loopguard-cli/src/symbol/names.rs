@@ -117,9 +117,9 @@ impl Names {
         let sources = self.sources.entry(object.id).or_insert_with(|| Sources::of(pid, object));
         let module = Module { path: &object.path, is_executable: object.path == executable };
         let at = Input::VirtOffset(place.address);
-        // Nobody changes a line of the interpreter or of libc: the names of their functions are enough, and debug
-        // information is many times as large as all else that is read of a server. Of the interpreter the files are
-        // needed too: they tell the modules that a program calls from what runs the program.
+        // Nobody changes a line of the interpreter or of libc: the names of their functions are enough, and one look
+        // serves for all of a function. Of the interpreter the files are needed too: they tell the modules that a program
+        // calls from what runs the program.
         let is_told_by_function = module.is_runtime();
         let by_symbols = is_told_by_function && !module.is_interpreter();
         let first = if by_symbols { &sources.symbol_table } else { &sources.debug_information };
@@ -134,7 +134,7 @@ impl Names {
             let frame = frame(&mut self.texts, &module, Name::Offset(function), None);
             return Found::Place(Named { frames: [Arc::new(frame)].into(), is_unnamed: true, is_eval: false });
         };
-        let is_eval = is_eval(&symbol.name);
+        let is_eval = as_written(&symbol.name) == EVAL;
         if is_told_by_function {
             let name = Name::Function(as_written(&symbol.name).to_owned());
             let frame = Frame { line: None, ..frame(&mut self.texts, &module, name, symbol.code_info.as_deref()) };
@@ -205,12 +205,8 @@ impl Reader {
     }
 }
 
-/// The function in which CPython runs frames (`Python/ceval.c`); compilers move its rare parts to `.cold`.
+/// The function in which CPython runs frames (`Python/ceval.c`).
 const EVAL: &str = "_PyEval_EvalFrameDefault";
-
-fn is_eval(function: &str) -> bool {
-    function.strip_prefix(EVAL).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-}
 
 /// The name of a function of C in its source: compilers call parts and copies of it `f.cold` and `f.constprop.0`.
 fn as_written(symbol: &str) -> &str {
