@@ -65,11 +65,13 @@ pub struct LoopClock {
     pub short: ShortSum,
     /// Waits of the current step.
     pub waits: [Wait; MAX_WAITS],
+    /// How long it had been kept from a CPU in all when it last began to wait, as the kernel counts.
+    run_delay_ns: u64,
     /// To whole cache lines.
-    pub _pad: [u64; 2],
+    pub _pad: u64,
 }
 
-// A wake-up of a healthy loop needs no more than the first line.
+// What the scheduler tells of a healthy loop needs the first line, and the split at the start of the second.
 const _: () = assert!(size_of::<LoopClock>() == 512 && core::mem::offset_of!(LoopClock, spent_ns) == 64);
 const _: () =
     assert!(size_of::<LoopClock>() == 13 * 8 + 6 * 4 + 40 + 3 * 8 + TICK_BUCKETS * 4 + 24 + MAX_WAITS * 24 + 8);
@@ -259,9 +261,21 @@ impl LoopClock {
         }
     }
 
-    /// Whether the thread was made runnable after a wait that now ended.
+    /// The kernel's sum of the time for which the thread, which begins to wait, has been ready to run without a CPU.
     #[inline(always)]
-    pub fn wakeup(&mut self, now: u64) {
+    pub fn waits_after(&mut self, run_delay_ns: u64) {
+        self.run_delay_ns = run_delay_ns;
+    }
+
+    /// The thread is about to run: by the same sum, when its wait ended.
+    #[inline(always)]
+    pub fn woken_before(&mut self, now: u64, run_delay_ns: u64) {
+        self.wakeup(now.saturating_sub(run_delay_ns.saturating_sub(self.run_delay_ns)).max(self.mark_ns));
+    }
+
+    /// The thread was made runnable: its wait, if it was in one, has ended.
+    #[inline(always)]
+    fn wakeup(&mut self, now: u64) {
         if self.state != WAITING && self.state != WAITING_GIL {
             return;
         }
@@ -360,11 +374,12 @@ mod tests {
     /// The clock never shows 0, which stands for "not in a tick".
     const START: u64 = 1000 * MS;
 
-    /// A thread's story, one edge a line: `time_ms what`. What comes out: one line for each ended step, with its
-    /// start..end and its time off the CPU, and its waits.
+    /// A thread's story, one edge a line: `time_ms what`; one that runs may have been ready to for some milliseconds.
+    /// What comes out: one line for each ended step, with its start..end and its time off the CPU, and its waits.
     fn check(story: &str, expected: &[&str]) {
         let mut clock = LoopClock::idle();
         let mut told = Vec::new();
+        let mut in_queues = 0;
         for line in story.lines().map(str::trim).filter(|line| !line.is_empty()) {
             let mut words = line.split_whitespace();
             let now = START + words.next().unwrap().parse::<u64>().unwrap() * MS;
@@ -397,10 +412,7 @@ mod tests {
                         number => (number.parse().unwrap(), false),
                     };
                     clock.switch_out(now, SwitchOut::Waits { syscall, arg0: 7, gil });
-                    None
-                }
-                "woken" => {
-                    clock.wakeup(now);
+                    clock.waits_after(in_queues);
                     None
                 }
                 "sampled" => {
@@ -413,6 +425,10 @@ mod tests {
                     None
                 }
                 "runs" => {
+                    if let Some(queued) = words.next() {
+                        in_queues += queued.parse::<u64>().unwrap() * MS;
+                        clock.woken_before(now, in_queues);
+                    }
                     clock.switch_in(now);
                     None
                 }
@@ -477,10 +493,14 @@ mod tests {
     #[test]
     fn time_off_the_cpu_is_split_and_adds_up() {
         check(
-            "0 poll-returns\n 5 sleeps 45\n 25 woken\n 27 runs\n 30 preempted\n 34 runs\n 35 sleeps gil\n 42 woken
-             43 runs\n 50 polls",
+            "0 poll-returns\n 5 sleeps 45\n 27 runs 2\n 30 preempted\n 34 runs\n 35 sleeps gil\n 43 runs 1\n 50 polls",
             &["0..50 cpu 16 wait 20 gil 7 queue 7 [45x1 20] [202x1 7]"],
         );
+    }
+
+    #[test]
+    fn a_thread_was_not_ready_to_run_before_it_began_to_wait() {
+        check("0 poll-returns\n 5 sleeps 230\n 9 runs 6\n 10 polls", &["0..10 cpu 6 queue 4 [230x1 0]"]);
     }
 
     #[test]
@@ -517,7 +537,7 @@ mod tests {
 
     #[test]
     fn idling_is_nobodys_time() {
-        check("0 poll-returns\n 1 polls\n 50 woken\n 61 poll-returns\n 63 polls", &["0..1 cpu 1", "61..63 cpu 2"]);
+        check("0 poll-returns\n 1 polls\n 61 poll-returns\n 63 polls", &["0..1 cpu 1", "61..63 cpu 2"]);
     }
 
     #[test]

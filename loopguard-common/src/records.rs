@@ -404,6 +404,25 @@ impl AddressRange {
     }
 }
 
+/// Where the kernel keeps how long a thread that is ready to run has had no CPU; byte offsets from its BTF. All 0: it
+/// does not keep that.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunQueueFields {
+    /// `task_struct.sched_info.run_delay` (include/linux/sched.h): the sum, ns, up to when it was last queued:
+    pub run_delay: u32,
+    /// `task_struct.sched_info.last_queued`, ns on the queue's clock; 0: it is not queued.
+    pub last_queued: u32,
+    /// `task_struct.se.cfs_rq`, `cfs_rq.rq` and `rq.clock` (kernel/sched/sched.h): the way to that clock.
+    pub cfs_rq: u32,
+    pub rq: u32,
+    pub clock: u32,
+}
+
+impl RunQueueFields {
+    pub const NONE: Self = Self { run_delay: 0, last_queued: 0, cfs_rq: 0, rq: 0, clock: 0 };
+}
+
 /// What was done and what could not be, counted per CPU under these indices.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -448,4 +467,6 @@ mod user {
     use super::*;
     // SAFETY: plain integers without padding bytes.
     unsafe impl aya::Pod for LoopThread {}
+    // SAFETY: likewise.
+    unsafe impl aya::Pod for RunQueueFields {}
 }

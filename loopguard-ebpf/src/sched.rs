@@ -1,12 +1,16 @@
 //! Scheduler switches of loop threads: where the time of a step goes, and what it waits for.
 
 use aya_ebpf::{
-    helpers::bpf_get_current_pid_tgid, helpers::generated::bpf_ktime_get_ns, macros::btf_tracepoint,
+    helpers::bpf_get_current_pid_tgid,
+    helpers::generated::{bpf_get_current_task_btf, bpf_ktime_get_ns},
+    macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
 use loopguard_common::{
     clock::SwitchOut,
-    records::{CaptureCause, REGISTER_SP, SYSCALL_NONE, THREAD_PARKS, THREAD_PARKS_ON_FUTEX, THREAD_TOKIO},
+    records::{
+        CaptureCause, REGISTER_SP, RunQueueFields, SYSCALL_NONE, THREAD_PARKS, THREAD_PARKS_ON_FUTEX, THREAD_TOKIO,
+    },
 };
 
 use crate::{
@@ -24,6 +28,9 @@ static TASK_STATE_OFFSET: u32 = 0;
 /// Offset of `tgid` in it.
 #[unsafe(no_mangle)]
 static TASK_TGID_OFFSET: u32 = 0;
+/// How long a thread was kept from a CPU, set at load from the kernel's BTF.
+#[unsafe(no_mangle)]
+static RUN_QUEUE: RunQueueFields = RunQueueFields::NONE;
 /// Number of the `futex` system call, set at load.
 #[unsafe(no_mangle)]
 static FUTEX_SYSCALL: i32 = 0;
@@ -78,9 +85,44 @@ fn switched(next: *const u8, is_preempted: impl Fn() -> bool) -> i32 {
         switched_out(target, is_preempted());
     }
     if let Some(target) = watched(tid_of(next)) {
-        switched_in(target);
+        switched_in(target, next);
     }
     0
+}
+
+/// The word at `offset` in a struct of the kernel's.
+///
+/// # Safety
+/// The verifier must know what `at` points to: a thread that a tracepoint passed, or what is reached from there. Then
+/// it checks the offset, and a pointer that leads nowhere reads as 0.
+#[inline(always)]
+unsafe fn word_at(at: *const u8, offset: &'static u32) -> u64 {
+    // SAFETY: see above. Offsets are set before the program is loaded: they must be read, not taken for what stands here.
+    unsafe { *at.add(core::ptr::read_volatile(offset) as usize).cast::<u64>() }
+}
+
+#[inline(always)]
+fn knows_run_queue() -> bool {
+    // SAFETY: as above.
+    unsafe { core::ptr::read_volatile(&raw const RUN_QUEUE.run_delay) != 0 }
+}
+
+/// How long `task`, which is about to run, has been ready to run without a CPU in all its life, ns. On the way from one
+/// CPU to another the kernel adds to the sum and queues it anew.
+#[inline(always)]
+fn run_delay_until_now(task: *const u8) -> u64 {
+    // SAFETY: `task` comes from the tracepoint; the others are what the kernel's types say.
+    unsafe {
+        let before = word_at(task, &RUN_QUEUE.run_delay);
+        let queued = word_at(task, &RUN_QUEUE.last_queued);
+        if queued == 0 {
+            return before;
+        }
+        let cfs_rq = word_at(task, &RUN_QUEUE.cfs_rq) as *const u8;
+        let rq = word_at(cfs_rq, &RUN_QUEUE.rq) as *const u8;
+        // Two processors' clocks may differ by a little.
+        before + word_at(rq, &RUN_QUEUE.clock).saturating_sub(queued)
+    }
 }
 
 #[inline(always)]
@@ -121,6 +163,10 @@ fn switched_out(mut target: Watched, preempted: bool) {
     }
     let gil = futex && (target.thread.gil[0].contains(call.arg0) || target.thread.gil[1].contains(call.arg0));
     target.clock.switch_out(now, SwitchOut::Waits { syscall: call.number, arg0: call.arg0, gil });
+    if knows_run_queue() {
+        // SAFETY: the current thread exists.
+        target.clock.waits_after(unsafe { word_at(bpf_get_current_task_btf().cast(), &RUN_QUEUE.run_delay) });
+    }
     // In an old step the wait need not be long to be worth a capture.
     let is_stack_due = |target: &mut Watched| {
         target.clock.stack_due(now) || target.clock.capture_due(now, pace(target.thread, target.clock, now))
@@ -189,11 +235,14 @@ pub fn futex_syscall() -> i32 {
 }
 
 #[inline(always)]
-fn switched_in(target: Watched) {
+fn switched_in(target: Watched, task: *const u8) {
     // SAFETY: a helper without conditions.
     let now = unsafe { bpf_ktime_get_ns() };
     if target.clock.unclear_sleep_ns(now).is_some() {
         task::task_goes_on(target.slot, target.thread.tid, now);
+    }
+    if target.clock.is_waiting() && knows_run_queue() {
+        target.clock.woken_before(now, run_delay_until_now(task));
     }
     target.clock.switch_in(now);
     if target.clock.capture_pending == 0 {
@@ -210,14 +259,4 @@ fn switched_in(target: Watched) {
         // What it waited for may be there to be read a moment longer.
         send::capture(&buffer.record, true);
     }
-}
-
-/// `sched_wakeup(struct task_struct *p)`: runnable from here on.
-#[btf_tracepoint(function = "sched_wakeup")]
-pub fn on_sched_wakeup(ctx: BtfTracePointContext) -> i32 {
-    if let Some(target) = watched(tid_of(ctx.arg::<*const u8>(0))) {
-        // SAFETY: a helper without conditions.
-        target.clock.wakeup(unsafe { bpf_ktime_get_ns() });
-    }
-    0
 }

@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
+use loopguard_common::records::RunQueueFields;
 
 use super::{
     btf::{self, Argument, KernelTypes},
@@ -23,6 +24,8 @@ pub struct Features {
     pub task_start: Option<u32>,
     /// What `sched_switch` tells of the thread that leaves the processor.
     pub switch: Option<SwitchShape>,
+    /// How long a thread was kept from a CPU (CONFIG_SCHED_INFO).
+    pub run_queue: Option<RunQueueFields>,
     /// Ring buffers (Linux 5.8).
     pub ring_buffer: bool,
     /// `bpf_task_pt_regs` (5.15): the registers with which a thread entered the kernel.
@@ -79,6 +82,7 @@ impl Features {
             task_tgid: types.field_offset("task_struct", "tgid"),
             task_start: types.field_offset("task_struct", "start_boottime"),
             switch: switch_shape(types),
+            run_queue: run_queue_fields(types),
             ring_buffer: helper("BPF_FUNC_ringbuf_output")
                 && types.has_enumerator("bpf_map_type", "BPF_MAP_TYPE_RINGBUF"),
             task_registers: helper("BPF_FUNC_task_pt_regs") && helper("BPF_FUNC_get_current_task_btf"),
@@ -114,6 +118,16 @@ impl Features {
                  them",
             ),
             self.switch_finding(),
+            Finding {
+                name: "run queue",
+                answer: if self.run_queue.is_some() {
+                    Ok("time without a CPU is told apart from waiting".to_owned())
+                } else {
+                    let text = "the kernel does not say how long a thread that was woken had no CPU \
+                                (CONFIG_TASK_DELAY_ACCT or CONFIG_SCHEDSTATS): that time counts as waiting";
+                    Err((Need::Fallback, text.to_owned()))
+                },
+            },
             Finding {
                 name: "uprobes",
                 answer: if self.uprobes {
@@ -171,6 +185,19 @@ fn switch_shape(types: &KernelTypes) -> Option<SwitchShape> {
             .map(SwitchShape::StateInTask),
         _ => None,
     }
+}
+
+fn run_queue_fields(types: &KernelTypes) -> Option<RunQueueFields> {
+    let in_task = |member: &str, of: &str, field: &str| {
+        Some(types.field_offset("task_struct", member)? + types.field_offset(of, field)?)
+    };
+    Some(RunQueueFields {
+        run_delay: in_task("sched_info", "sched_info", "run_delay")?,
+        last_queued: in_task("sched_info", "sched_info", "last_queued")?,
+        cfs_rq: in_task("se", "sched_entity", "cfs_rq")?,
+        rq: types.field_offset("cfs_rq", "rq")?,
+        clock: types.field_offset("rq", "clock")?,
+    })
 }
 
 #[cfg(test)]

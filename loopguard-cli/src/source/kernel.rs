@@ -29,7 +29,7 @@ use loopguard_common::{
     layout::PyLayout,
     records::{
         CaptureRecord, Counter, LoopThread, MARK_LOOK_UP, MAX_STACK_PAGES, PROCESS_BEFORE_POLLS, PROCESS_MAY_POLL,
-        STEP_CUT_AT_ATTACH, slot_mark,
+        RunQueueFields, STEP_CUT_AT_ATTACH, slot_mark,
     },
     short::ShortPace,
     walk::CaptureBuffer,
@@ -242,6 +242,7 @@ impl Kernel {
             .override_global("TASK_STATE_OFFSET", &task_state_offset, true)
             .override_global("AYA_LOG_LEVEL", log_level, false)
             .override_global("STACK_PAGE_LIMIT", &pace.stack_pages, true)
+            .override_global("RUN_QUEUE", &features.run_queue.unwrap_or(RunQueueFields::NONE), true)
             .override_global("FUTEX_SYSCALL", &(libc::SYS_futex as i32), true)
             .map_max_entries("THREADS", MAX_THREADS)
             .map_max_entries("CLOCKS", MAX_THREADS)
@@ -308,8 +309,6 @@ impl Kernel {
             switch.load("sched_switch", btf).context("load the program for sched_switch")?;
             sample.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
-        let wakeup: &mut BtfTracePoint = take("on_sched_wakeup")?.try_into()?;
-        wakeup.load("sched_wakeup", btf).context("load the program for sched_wakeup")?;
         for (name, tracepoint) in
             [("on_fork", "sched_process_fork"), ("on_exec", "sched_process_exec"), ("on_exit", "sched_process_exit")]
         {
@@ -349,11 +348,9 @@ impl Kernel {
 
     fn attach_watching(&mut self) -> Result<()> {
         const POLL: &str = "on_poll_enter";
-        for (name, tracepoint) in [(switch_program(self.switch), "sched_switch"), ("on_sched_wakeup", "sched_wakeup")] {
-            let program: &mut BtfTracePoint = program_mut(&mut self.bpf, name)?.try_into()?;
-            let link = program.attach().with_context(|| format!("attach {tracepoint}"))?;
-            self.watching.push(Box::new(program.take_link(link)?));
-        }
+        let switch: &mut BtfTracePoint = program_mut(&mut self.bpf, switch_program(self.switch))?.try_into()?;
+        let link = switch.attach().context("attach sched_switch")?;
+        self.watching.push(Box::new(switch.take_link(link)?));
         let calls = [("epoll_wait", POLL), ("epoll_pwait", POLL), ("epoll_pwait2", POLL), ("close", "on_close_enter")];
         for (call, name) in calls {
             let tracepoint = format!("sys_enter_{call}");

@@ -30,12 +30,11 @@ const ROUNDS: usize = 7;
 const TICKS_PER_SECOND: &str = "2000";
 
 const SWITCH_PROGRAM: &str = "on_sched_switch";
-const WAKEUP_PROGRAM: &str = "on_sched_wakeup";
 const POLL_PROGRAM: &str = "on_poll_enter";
 const SAMPLE_PROGRAM: &str = "on_sample";
 
-/// A tick that begins with a wake-up: the poll, both switches and the wake-up.
-const RUNS_A_TICK: f64 = 4.0;
+/// A tick after sleep: the poll and both switches.
+const RUNS_A_TICK: f64 = 3.0;
 
 /// The budget: what each may cost.
 const TICK_NS: f64 = 400.0;
@@ -166,7 +165,7 @@ fn budget(rig: &Rig, event_loops: [&str; 2]) -> Result<Map<String, Value>> {
         "sched_switch of threads that are not watched, without what the statistics cost",
         own(miss.switch, 1.0).within(MISS_NS),
     );
-    say("ticks that begin with a wake-up, and samples of young ticks");
+    say("ticks after sleep, and samples of young ticks");
     let asleep = sleeping_tick(rig, &miss)?;
     line("healthy tick after sleep, run time of its programs", asleep.within(TICK_NS));
     line("healthy tick after sleep, without what the statistics cost", own(asleep, RUNS_A_TICK).within(TICK_NS));
@@ -211,7 +210,6 @@ fn healthy_tick(rig: &Rig, event_loop: &str) -> Result<Cost> {
 struct Misses {
     empty: Cost,
     switch: Cost,
-    wakeup: Cost,
 }
 
 /// Two threads of ours that wake each other, over and over, while loopguard watches a server that has nothing to do. A
@@ -220,7 +218,7 @@ fn misses(rig: &Rig) -> Result<Misses> {
     let server = rig.serve(&rig.python(), "uvloop", &[])?;
     let watching = rig.attach(server.process.pid(), &[])?;
     let _empty = EmptyProgram::attach()?;
-    let (mut empty, mut switch, mut wakeup) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut empty, mut switch) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let mut own = Runs::new();
         let theirs = during(watching.process.pid(), || {
@@ -234,10 +232,9 @@ fn misses(rig: &Rig) -> Result<Misses> {
         };
         empty.push(mean(&own, EmptyProgram::NAME)?);
         switch.push(mean(&theirs, SWITCH_PROGRAM)?);
-        wakeup.push(mean(&theirs, WAKEUP_PROGRAM)?);
     }
     watching.stop()?;
-    Ok(Misses { empty: Cost::of(&empty), switch: Cost::of(&switch), wakeup: Cost::of(&wakeup) })
+    Ok(Misses { empty: Cost::of(&empty), switch: Cost::of(&switch) })
 }
 
 /// Switches between two threads on one processor.
@@ -307,7 +304,7 @@ impl EmptyProgram {
 }
 
 /// A loop that does next to nothing in each of its ticks, and sleeps before: the programs at the switches to sleep and
-/// back, at the wake-up and at the poll.
+/// back and at the poll.
 fn sleeping_tick(rig: &Rig, miss: &Misses) -> Result<Cost> {
     let file = rig.folder.join("many-loops.jsonl");
     let mut command = on_cpu(0, &rig.python());
@@ -331,13 +328,11 @@ fn sleeping_tick(rig: &Rig, miss: &Misses) -> Result<Cost> {
         let ticks = sum("ticks") / sum("seconds") * elapsed;
         ensure!(ticks > 500.0, "the loop does not tick");
         // A poll of others is found out in the same way as a switch of others.
-        let hits =
-            [(POLL_PROGRAM, 1.0, miss.switch), (SWITCH_PROGRAM, 2.0, miss.switch), (WAKEUP_PROGRAM, 1.0, miss.wakeup)];
-        let cost: f64 = hits
+        let cost: f64 = [(POLL_PROGRAM, 1.0), (SWITCH_PROGRAM, 2.0)]
             .iter()
-            .map(|(name, a_tick, miss)| {
+            .map(|(name, a_tick)| {
                 let run = runs.get(*name).copied().unwrap_or_default();
-                run.time_ns as f64 - (run.count as f64 - a_tick * ticks).max(0.0) * miss.median_ns
+                run.time_ns as f64 - (run.count as f64 - a_tick * ticks).max(0.0) * miss.switch.median_ns
             })
             .sum();
         rounds.push(cost / ticks);
