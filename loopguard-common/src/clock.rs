@@ -46,7 +46,8 @@ pub struct LoopClock {
     pub wait_count: u32,
     /// The capture buffer holds what was taken at the last switch-out.
     pub capture_pending: u32,
-    pub wait_syscall: i32,
+    /// A tokio worker has parked, and nothing was told of it since: to park again changes nothing.
+    pub parked: u32,
     /// Time of the current step by state.
     spent_ns: [u64; 4],
     /// When a capture of this step was last sent; 0: none yet.
@@ -67,8 +68,8 @@ pub struct LoopClock {
     pub waits: [Wait; MAX_WAITS],
     /// How long it had been kept from a CPU in all when it last began to wait, as the kernel counts.
     run_delay_ns: u64,
-    /// To whole cache lines.
-    pub _pad: u64,
+    pub wait_syscall: i32,
+    pub _pad: u32,
 }
 
 // What the scheduler tells of a healthy loop needs the first line, and the split at the start of the second.
@@ -300,7 +301,9 @@ impl LoopClock {
     /// It is on the CPU. A wake-up that no tracepoint showed: the wait ended at the latest now.
     #[inline(always)]
     fn goes_on(&mut self, now: u64) {
-        self.wakeup(now);
+        if self.state != ON_CPU {
+            self.wakeup(now);
+        }
         self.account(now);
         self.state = ON_CPU;
     }
@@ -327,7 +330,8 @@ impl LoopClock {
         due
     }
 
-    #[inline(always)]
+    /// Out of line: no edge of a healthy tick needs it.
+    #[inline(never)]
     fn add_wait(&mut self, syscall: i32, arg0: u64, ns: u64) {
         let mut i = 0;
         while i < MAX_WAITS {
@@ -350,15 +354,31 @@ impl LoopClock {
 }
 
 /// Bucket of the tick histogram for a tick of this length.
+///
+/// By halves, and without a division: a loop is what short ticks would pay for.
 #[inline(always)]
 fn bucket(length_ns: u64) -> usize {
-    let mut microseconds = length_ns / 1000;
-    let mut n = 0;
-    while n < TICK_BUCKETS - 1 && microseconds > 0 {
-        microseconds >>= 1;
+    let (mut rest, mut n) = (length_ns, 0);
+    if rest >= 1000 << 15 {
+        rest >>= 16;
+        n += 16;
+    }
+    if rest >= 1000 << 7 {
+        rest >>= 8;
+        n += 8;
+    }
+    if rest >= 1000 << 3 {
+        rest >>= 4;
+        n += 4;
+    }
+    if rest >= 1000 << 1 {
+        rest >>= 2;
+        n += 2;
+    }
+    if rest >= 1000 {
         n += 1;
     }
-    n
+    n.min(TICK_BUCKETS - 1)
 }
 
 #[cfg(feature = "user")]
@@ -580,5 +600,15 @@ mod tests {
         }
         assert_eq!((clock.ticks, clock.busy_ns), (3, 101 * MS));
         assert_eq!((clock.tick_histogram[0], clock.tick_histogram[10], clock.tick_histogram[17]), (1, 1, 1));
+    }
+
+    #[test]
+    fn a_bucket_ends_where_the_next_begins() {
+        assert_eq!((bucket(0), bucket(999)), (0, 0));
+        for n in 1..TICK_BUCKETS {
+            assert_eq!(bucket(1000 << (n - 1)), n);
+            assert_eq!(bucket((1000 << (n - 1)) - 1), n - 1);
+        }
+        assert_eq!(bucket(u64::MAX), TICK_BUCKETS - 1);
     }
 }

@@ -115,6 +115,7 @@ impl Worker {
         if !clock.in_tick() {
             clock.begin_tick(now);
         }
+        clock.parked = 0;
         self.flags = self.flags & !(WORKER_AWAY | WORKER_POLL_WITHOUT_END) | WORKER_POLLED;
         if !poll.has_end {
             self.flags |= WORKER_POLL_WITHOUT_END;
@@ -138,12 +139,14 @@ impl Worker {
     #[inline(always)]
     pub fn leaves(&mut self, clock: &mut LoopClock) {
         self.flags = (self.flags & !(WORKER_HOLDS_STEP | WORKER_JUST_POLLED | WORKER_POLL_WITHOUT_END)) | WORKER_AWAY;
+        clock.parked = 0;
         clock.leave();
     }
 
-    /// The thread parks, in epoll or on its futex.
+    /// The thread parks, in epoll or on its futex. What it held must have been released.
     #[inline(always)]
-    pub fn parks(&mut self) {
+    pub fn parks(&mut self, clock: &mut LoopClock) {
+        clock.parked = 1;
         self.flags = self.flags & !(WORKER_JUST_POLLED | WORKER_POLL_WITHOUT_END | WORKER_AWAY) | WORKER_PARKED;
     }
 
@@ -310,7 +313,7 @@ mod tests {
                                 clock.end_tick(now);
                                 clock.switch_out(now, meaning.switch_out());
                             }
-                            worker.parks();
+                            worker.parks(&mut clock);
                         }
                         FutexMeaning::Leaves => worker.leaves(&mut clock),
                     }

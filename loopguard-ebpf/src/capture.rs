@@ -1,6 +1,6 @@
 //! Captures what a loop thread is doing: registers, interpreter frames and the request in them.
 
-use core::mem::{MaybeUninit, offset_of};
+use core::mem::MaybeUninit;
 
 use aya_ebpf::{
     bindings::pt_regs,
@@ -36,16 +36,6 @@ impl Memory for OwnMemory {
     }
 }
 
-/// How a thread left user space: adjacent words of its `pt_regs`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Entry {
-    rdi: u64,
-    orig_rax: u64,
-}
-
-const _: () = assert!(offset_of!(pt_regs, orig_rax) == offset_of!(pt_regs, rdi) + offset_of!(Entry, orig_rax));
-
 /// The system call a thread is in.
 #[derive(Clone, Copy)]
 pub struct InSyscall {
@@ -57,18 +47,16 @@ pub struct InSyscall {
 /// The system call that the current task is in.
 #[inline(always)]
 pub fn current_syscall() -> InSyscall {
-    let mut entry = Entry { rdi: 0, orig_rax: 0 };
-    // SAFETY: the current task exists; its saved registers are read through a helper that checks.
-    let unreadable = unsafe {
-        let saved = bpf_task_pt_regs(bpf_get_current_task_btf()) as *const u8;
-        let from = saved.add(offset_of!(pt_regs, rdi));
-        bpf_probe_read_kernel((&raw mut entry).cast(), size_of::<Entry>() as u32, from.cast()) != 0
+    // SAFETY: the verifier knows the saved registers of the current task for what they are: they are read in place.
+    let (number, arg0) = unsafe {
+        let saved = bpf_task_pt_regs(bpf_get_current_task_btf()) as *const pt_regs;
+        ((*saved).orig_rax as i64, (*saved).rdi)
     };
     // x86: `orig_ax` is the number of the system call, or negative for an exception or interrupt.
-    if unreadable || (entry.orig_rax as i64) < 0 {
+    if number < 0 {
         return InSyscall { number: SYSCALL_NONE, arg0: 0 };
     }
-    InSyscall { number: entry.orig_rax as i32, arg0: entry.rdi }
+    InSyscall { number: number as i32, arg0 }
 }
 
 /// The registers with which the current task entered the kernel, by DWARF number; all zero when they cannot be read.

@@ -133,12 +133,8 @@ pub fn watched(tid: u32) -> Option<Watched> {
     if mark == 0 {
         return None;
     }
-    let slot = match THREADS.get(marked_slot(mark)) {
-        Some(thread) if thread.tid == tid => marked_slot(mark),
-        // SAFETY: a word that is replaced whole.
-        _ => unsafe { *SLOTS.get(tid)? },
-    };
-    at_slot(slot, tid)
+    // SAFETY: a word that is replaced whole.
+    at_slot(marked_slot(mark), tid).or_else(|| at_slot(unsafe { *SLOTS.get(tid)? }, tid))
 }
 
 /// The watched thread at `slot`, if it is `tid`.

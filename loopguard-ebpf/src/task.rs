@@ -438,7 +438,7 @@ pub fn on_blocking_task(_ctx: ProbeContext) -> u32 {
 /// A worker ends its tick in epoll.
 #[inline(always)]
 pub fn parks(target: &Watched) {
-    if target.thread.flags & THREAD_TOKIO != 0 {
+    if target.thread.flags & THREAD_TOKIO != 0 && target.clock.parked == 0 {
         task_parks(target.slot, target.thread.tid);
     }
 }
@@ -454,7 +454,7 @@ pub extern "C" fn task_parks(slot: u32, tid: u32) -> u32 {
             becomes_worker(tid);
         }
         release(&target, worker);
-        worker.parks();
+        worker.parks(target.clock);
     }
     0
 }
@@ -522,7 +522,7 @@ fn idles(target: Watched, at: u64, meaning: FutexMeaning) {
         target.clock.end_tick(at);
         release(&target, worker);
     }
-    worker.parks();
+    worker.parks(target.clock);
     target.clock.switch_out(at, meaning.switch_out());
 }
 

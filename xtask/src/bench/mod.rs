@@ -12,6 +12,7 @@ pub mod rig;
 mod ring;
 mod stacks;
 mod tokio;
+mod turns;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -151,6 +151,17 @@ impl Rig {
         Ok(TokioPrograms { server, load: program("bench-axum-load"), pace: program("bench-axum-pace") })
     }
 
+    /// An example of loopguard's.
+    pub fn build_example(&self, name: &str) -> Result<PathBuf> {
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+        cargo
+            .args(["build", "--release", "--package", "loopguard", "--example", name])
+            .current_dir(&self.workspace.root);
+        let log = self.folder.join(format!("build-{name}.log"));
+        step::run(&format!("building the example {name}"), &mut cargo, &log)?;
+        Ok(self.workspace.target.join("release/examples").join(name))
+    }
+
     /// loopguard, once it says that it watches a loop.
     pub fn attach(&self, pid: u32, options: &[&str]) -> Result<Watching> {
         let (events, messages) = (self.folder.join("events.jsonl"), self.folder.join("loopguard.log"));

@@ -16,7 +16,7 @@ use super::table;
 use crate::companion::{Companion, listens};
 use crate::pythons::{self, Venv};
 use crate::sid::Sid;
-use crate::step::{self, say};
+use crate::step::say;
 
 /// Enough that the looks into blocks are about a millisecond apart.
 const CLOSELY: [&str; 2] = ["--threshold=16ms", "--steps=off"];
@@ -202,11 +202,7 @@ pub fn beside_gdb(rig: &Rig, interpreters: Interpreters, times: u32) -> Result<V
     if Command::new("gdb").arg("--version").stdout(Stdio::null()).status().is_err() {
         bail!("this needs gdb: run `apt-get install gdb`");
     }
-    let mut build = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-    build.args(["build", "--release", "--package", "loopguard", "--example", "beside_gdb"]);
-    build.current_dir(&workspace.root);
-    step::run("building the comparison", &mut build, &rig.folder.join("build-beside-gdb.log"))?;
-    let program = workspace.target.join("release/examples/beside_gdb");
+    let program = rig.build_example("beside_gdb")?;
     let mut rows = Vec::new();
     let mut results = Map::new();
     for (version, python, script) in python_programs(rig, &workspace, interpreters)? {

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::overhead::{Round, on_path, round_of, wrk};
 use super::rig::{Rig, Server, TokioBuild, TokioPrograms, cpu_time, free_port, on_cpu};
-use super::{median, output, quantile, rounded, table};
+use super::{median, output, quantile, rounded, table, turns};
 use crate::step::say;
 
 const THRESHOLD: &str = "--threshold=10ms";
@@ -216,7 +216,7 @@ pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
     ensure!(on_path("wrk"), "this needs wrk: run `apt-get install wrk`");
     let programs = rig.build_tokio(TokioBuild::Release)?;
     let server = serve(rig, &programs, runtime, Placing::FirstCpu, &[])?;
-    let mut measured: BTreeMap<(&str, &str), Vec<Pair>> = BTreeMap::new();
+    let mut measured: BTreeMap<&str, Vec<Pair>> = BTreeMap::new();
     let mut own_cpu = Vec::new();
     say(&format!("hello world on {runtime}, {pairs} times bare, attached, closely watched and bare again"));
     both_loads(&programs, &server, None)?;
@@ -228,7 +228,7 @@ pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
         both_loads(&programs, &server, Some(pid))?;
         thread::sleep(SETTLED.saturating_sub(since.elapsed()));
         let (used, settled) = (cpu_time(pid)?, Instant::now());
-        let healthy = both_loads(&programs, &server, Some(pid))?;
+        let healthy = round_of(&server, Some(pid), || wrk(&server, ROUND_SECONDS))?;
         own_cpu.push((cpu_time(pid)? - used).as_secs_f64() / settled.elapsed().as_secs_f64());
         // From one block on it is watched closely for ten seconds.
         get(server.port, BLOCK)?;
@@ -239,17 +239,21 @@ pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
             say(&format!("it reported {blocks} blocks, not the one: the healthy time may not have been one"));
         }
         let after = both_loads(&programs, &server, None)?;
-        for (state, during) in [("attached", healthy), ("closely watched", closely)] {
-            for ((load, during), (before, after)) in LOADS.into_iter().zip(during).zip(before.into_iter().zip(after)) {
-                if before.valid && during.valid && after.valid {
-                    measured.entry((state, load)).or_default().push(Pair::of([before, after], during));
-                }
+        let [wrk, paced] = [0, 1].map(|load| [before[load], after[load]]);
+        let rounds = [
+            ("attached, wrk", wrk, healthy),
+            ("closely watched, wrk", wrk, closely[0]),
+            (CLOSELY_PACED, paced, closely[1]),
+        ];
+        for (name, around, during) in rounds {
+            if during.valid && around.iter().all(|round| round.valid) {
+                measured.entry(name).or_default().push(Pair::of(around, during));
             }
         }
     }
     let mut results = Map::new();
     let mut rows = Vec::new();
-    for ((state, load), pairs) in &measured {
+    for (name, pairs) in &measured {
         let column = |figure: fn(&Pair) -> f64| pairs.iter().map(figure).collect::<Vec<_>>();
         let spread = |values: &[f64], digits| {
             json!([rounded(quantile(values, 0.25), digits), rounded(quantile(values, 0.75), digits)])
@@ -276,11 +280,14 @@ pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
             "valid_pairs",
         ];
         let figures = fields.iter().map(|field| result[field].to_string());
-        rows.push([format!("{runtime}, {state}, {load}")].into_iter().chain(figures).collect());
-        results.insert(format!("{state}, {load}"), result);
+        rows.push([format!("{runtime}, {name}")].into_iter().chain(figures).collect());
+        results.insert((*name).to_owned(), result);
     }
     let head = ["against bare", "CPU us/request", "added", "quartiles", "CPU ratio", "throughput", "valid pairs"];
     table(&head, &rows);
+    let in_turns = turns::in_turns(rig, &programs, &server, RATE, TURNS_SECONDS)?;
+    turns::print(&[(format!("{runtime}, {PACED}"), &in_turns)]);
+    results.insert(PACED.to_owned(), in_turns);
     results.insert("loopguard_cpu_percent".to_owned(), json!(rounded(median(&own_cpu) * 100.0, 2)));
     results.insert("pairs".to_owned(), json!(pairs));
     Ok(json!({ runtime: results }))
@@ -288,7 +295,10 @@ pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
 
 /// Longer than the threshold.
 const BLOCK: &str = "/block/sleep/150";
-const LOADS: [&str; 2] = ["wrk", "5000 requests a second"];
+const CLOSELY_PACED: &str = "closely watched, 5000 requests a second";
+const PACED: &str = "attached, 5000 requests a second";
+/// How long that is measured.
+const TURNS_SECONDS: u32 = 90;
 
 fn both_loads(programs: &TokioPrograms, server: &Server, watcher: Option<u32>) -> Result<[Round; 2]> {
     let paced = || {

@@ -441,12 +441,13 @@ impl Live {
     }
 
     /// Loops are not watched for a while; processes still are.
-    fn rest(&mut self) {
+    pub fn rest(&mut self) {
         self.cost.set_rests(true, &self.kernel);
         self.kernel.unwatch_loops();
     }
 
-    fn watch_again(&mut self) {
+    /// Loops are watched again.
+    pub fn watch_again(&mut self) {
         // A loop that began while nobody watched was not seen to begin.
         for (&pid, target) in &mut self.targets {
             target.before_polls = false;

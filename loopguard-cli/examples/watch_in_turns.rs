@@ -1,0 +1,103 @@
+//! Watches the loops of a process and lets go of them in turns, and says what CPU time the process took in each: what
+//! watching costs, on a machine whose speed changes from one second to the next.
+//!
+//! usage: watch_in_turns PID SETTLE_S SECONDS
+//! Nothing is told of the first SETTLE_S seconds: loopguard learns what it needs of the loops. Then it prints one JSON
+//! object a turn.
+
+use std::{
+    collections::BTreeSet,
+    mem, thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, bail, ensure};
+use loopguard::{
+    core::cumulative::CumulativeSettings,
+    source::{
+        governor::Budget,
+        kernel::Talk,
+        live::{Live, Options, StackSize, Steps},
+    },
+};
+use serde_json::json;
+
+/// Long against what it takes to attach the programs, short against how the machine changes.
+const TURN: Duration = Duration::from_millis(200);
+/// For so long after each change nothing is measured.
+const AFTER_CHANGE: Duration = Duration::from_millis(30);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+const REAP_EVERY: Duration = Duration::from_millis(500);
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().collect();
+    let [_, pid, settle, seconds] = &arguments[..] else { bail!("usage: watch_in_turns PID SETTLE_S SECONDS") };
+    let pid: u32 = pid.parse()?;
+    let (settle, seconds) = (Duration::from_secs(settle.parse()?), Duration::from_secs(seconds.parse()?));
+    // What waits for records belongs to it.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let _entered = runtime.enter();
+    let mut live = Live::attach(&BTreeSet::from([pid]), options())?;
+    let mut events = Vec::new();
+    live.scan(&mut events)?;
+    look_for(settle, &mut live)?;
+    let (until, mut watches) = (Instant::now() + seconds, true);
+    while Instant::now() < until {
+        look_for(AFTER_CHANGE, &mut live)?;
+        let (since, cpu) = (Instant::now(), cpu_time(pid)?);
+        look_for(TURN, &mut live)?;
+        let (cpu, wall) = (cpu_time(pid)? - cpu, since.elapsed());
+        println!("{}", json!({ "watches": watches, "wall_ns": wall.as_nanos(), "cpu_ns": cpu.as_nanos() }));
+        watches = !watches;
+        if watches {
+            live.watch_again();
+        } else {
+            live.rest();
+        }
+    }
+    Ok(())
+}
+
+/// Those of `loopguard attach`.
+fn options() -> Options {
+    Options {
+        threshold_ns: 50_000_000,
+        steps: Steps::Auto,
+        stack_size: StackSize::AsNeeded,
+        cumulative: CumulativeSettings::default(),
+        capture_after_ns: None,
+        sample_every_ns: None,
+        slowdown: 1,
+        budget: Budget::Usual,
+        talk: Talk::Silent,
+    }
+}
+
+/// What the program does meanwhile.
+fn look_for(time: Duration, live: &mut Live) -> Result<()> {
+    let (since, mut reaped) = (Instant::now(), Instant::now());
+    let mut events = Vec::new();
+    while since.elapsed() < time {
+        thread::sleep(LOOK_EVERY.min(time.saturating_sub(since.elapsed())));
+        live.watch(&mut events)?;
+        if reaped.elapsed() >= REAP_EVERY {
+            reaped = Instant::now();
+            live.reap(&mut events);
+        }
+        drop(mem::take(&mut events));
+    }
+    Ok(())
+}
+
+/// Up to this moment, of the threads that run, too.
+fn cpu_time(pid: u32) -> Result<Duration> {
+    let mut clock = 0;
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: places for the results.
+    let found = unsafe {
+        libc::clock_getcpuclockid(pid.cast_signed(), &raw mut clock) == 0
+            && libc::clock_gettime(clock, &raw mut time) == 0
+    };
+    ensure!(found, "process {pid} is gone");
+    Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+}
