@@ -248,10 +248,29 @@ mod tests {
     }
 
     #[test]
-    fn without_uprobes_loopguard_goes_on() {
-        let features = Features { uprobes: false, ..kernel(NEW, "vppv", "__state") };
+    fn without_uprobes_or_the_run_queue_loopguard_goes_on() {
+        let features = Features { uprobes: false, run_queue: None, ..kernel(NEW, "vppv", "__state") };
         features.check().unwrap();
-        let told = features.findings().into_iter().find(|finding| finding.name == "uprobes").unwrap();
-        assert!(matches!(told.answer, Err((Need::Fallback, _))));
+        for name in ["uprobes", "run queue"] {
+            let told = features.findings().into_iter().find(|finding| finding.name == name).unwrap();
+            assert!(matches!(told.answer, Err((Need::Fallback, _))), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_run_queue_is_known_where_the_kernel_keeps_all_of_it() {
+        let fields = |delay: &str| {
+            let mut btf = Writer::default();
+            let int = btf.int("int");
+            btf.structure("sched_info", &["pcount", delay, "last_queued"], int);
+            btf.structure("sched_entity", &["load", "cfs_rq"], int);
+            btf.structure("cfs_rq", &["rq"], int);
+            btf.structure("rq", &["lock", "clock"], int);
+            btf.structure("task_struct", &["flags", "se", "pid", "sched_info"], int);
+            run_queue_fields(&KernelTypes::parse(btf.finish()).unwrap())
+        };
+        let known = RunQueueFields { run_delay: 12 + 4, last_queued: 12 + 8, cfs_rq: 4 + 4, rq: 0, clock: 4 };
+        assert_eq!(fields("run_delay"), Some(known));
+        assert_eq!(fields("other"), None);
     }
 }

@@ -169,7 +169,10 @@ fn budget(rig: &Rig, event_loops: [&str; 2]) -> Result<Map<String, Value>> {
     let asleep = sleeping_tick(rig, &miss)?;
     line("healthy tick after sleep, run time of its programs", asleep.within(TICK_NS));
     line("healthy tick after sleep, without what the statistics cost", own(asleep, RUNS_A_TICK).within(TICK_NS));
-    line("sample of a young tick", young_sample(rig)?.within(SAMPLE_NS));
+    let (sample, empty_sample) = young_sample(rig)?;
+    line("sample of a young tick", sample.within(SAMPLE_NS));
+    let own_sample = sample.with(empty_sample, |sample, empty| sample - empty);
+    line("sample of a young tick, without what the statistics cost", own_sample.within(SAMPLE_NS));
     let looks = looks(rig, &miss)?;
     drop(statistics);
     line("a wait under 50 frames looked at, without its stack", looks.bare.within(LOOK_NS));
@@ -217,7 +220,7 @@ struct Misses {
 fn misses(rig: &Rig) -> Result<Misses> {
     let server = rig.serve(&rig.python(), "uvloop", &[])?;
     let watching = rig.attach(server.process.pid(), &[])?;
-    let _empty = EmptyProgram::attach()?;
+    let _empty = EmptyProgram::on_switches()?;
     let (mut empty, mut switch) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let mut own = Runs::new();
@@ -271,36 +274,72 @@ fn on_first_processor() {
     }
 }
 
-/// `return 0` on `sched_switch`.
+/// `return 0` where loopguard's programs do something: what it costs is what the statistics themselves cost there.
 struct EmptyProgram {
     _program: OwnedFd,
-    _link: OwnedFd,
+    _attached: Vec<OwnedFd>,
 }
 
 impl EmptyProgram {
     const NAME: &str = "empty";
 
-    fn attach() -> Result<Self> {
-        const LOAD: libc::c_int = 5;
+    fn on_switches() -> Result<Self> {
         const OPEN_RAW_TRACEPOINT: libc::c_int = 17;
         const RAW_TRACEPOINT: u32 = 17;
+        let program = Self::load(RAW_TRACEPOINT)?;
+        let tracepoint = c"sched_switch";
+        let [low, high] = words(tracepoint.as_ptr() as u64);
+        let link = owned(bpf(OPEN_RAW_TRACEPOINT, &mut [low, high, program.as_raw_fd().cast_unsigned(), 0])?);
+        Ok(Self { _program: program, _attached: vec![link] })
+    }
+
+    /// A sampling clock on each processor, as loopguard's are.
+    fn on_samples() -> Result<Self> {
+        const PERF_EVENT: u32 = 7;
+        const PERIOD_NS: u64 = 5_000_000;
+        // `struct perf_event_attr` (linux/perf_event.h) in its first size: a software event, PERF_COUNT_SW_CPU_CLOCK, and
+        // the period.
+        let attributes: [u64; 8] = [64 << 32 | 1, 0, PERIOD_NS, 0, 0, 0, 0, 0];
+        let program = Self::load(PERF_EVENT)?;
+        let attached = (0..thread::available_parallelism()?.get()).map(|cpu| {
+            // SAFETY: the attributes are as long as they say; the event is only counted.
+            let event =
+                unsafe { libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), -1, cpu, -1, CLOSE_ON_EXEC) };
+            ensure!(event >= 0, "a sampling clock on processor {cpu}: {}", std::io::Error::last_os_error());
+            let event = owned(event as libc::c_int);
+            // SAFETY: a descriptor of a program, as the call wants.
+            let set = unsafe { libc::ioctl(event.as_raw_fd(), SET_BPF, program.as_raw_fd()) };
+            ensure!(set == 0, "a program on a sampling clock: {}", std::io::Error::last_os_error());
+            Ok(event)
+        });
+        let attached = attached.collect::<Result<_>>()?;
+        Ok(Self { _program: program, _attached: attached })
+    }
+
+    fn load(kind: u32) -> Result<OwnedFd> {
+        const LOAD: libc::c_int = 5;
         // `r0 = 0; exit`.
         let instructions: [u64; 2] = [0xb7, 0x95];
-        let (license, tracepoint) = (c"GPL", c"sched_switch");
-        let words = |address: u64| [address as u32, (address >> 32) as u32];
+        let license = c"GPL";
         // `union bpf_attr`: kind, how many instructions, where they are, the licence; the name is 48 bytes in.
         let mut load = [0u32; 16];
-        load[..2].copy_from_slice(&[RAW_TRACEPOINT, instructions.len() as u32]);
+        load[..2].copy_from_slice(&[kind, instructions.len() as u32]);
         load[2..4].copy_from_slice(&words(instructions.as_ptr() as u64));
         load[4..6].copy_from_slice(&words(license.as_ptr() as u64));
         let mut name = [0; 8];
         name[..Self::NAME.len()].copy_from_slice(Self::NAME.as_bytes());
         load[12..14].copy_from_slice(&words(u64::from_ne_bytes(name)));
-        let program = owned(bpf(LOAD, &mut load)?);
-        let [low, high] = words(tracepoint.as_ptr() as u64);
-        let link = owned(bpf(OPEN_RAW_TRACEPOINT, &mut [low, high, program.as_raw_fd().cast_unsigned(), 0])?);
-        Ok(Self { _program: program, _link: link })
+        Ok(owned(bpf(LOAD, &mut load)?))
     }
+}
+
+/// PERF_FLAG_FD_CLOEXEC and PERF_EVENT_IOC_SET_BPF (linux/perf_event.h).
+const CLOSE_ON_EXEC: libc::c_ulong = 8;
+const SET_BPF: libc::c_ulong = 0x4004_2408;
+
+/// A number of eight bytes, low half first.
+fn words(number: u64) -> [u32; 2] {
+    [number as u32, (number >> 32) as u32]
 }
 
 /// A loop that does next to nothing in each of its ticks, and sleeps before: the programs at the switches to sleep and
@@ -341,23 +380,31 @@ fn sleeping_tick(rig: &Rig, miss: &Misses) -> Result<Cost> {
     Ok(Cost::of(&rounds))
 }
 
-/// A loop that is on the CPU all the time and whose ticks are over long before they are old.
-fn young_sample(rig: &Rig) -> Result<Cost> {
+/// A loop that is on the CPU all the time and whose ticks are over long before they are old; and a program that does
+/// nothing, sampled likewise: an interrupt finds nothing of either in the processor's caches.
+fn young_sample(rig: &Rig) -> Result<(Cost, Cost)> {
     let (target, _) = busy_loop(rig, "uvloop")?;
     let watching = rig.attach(target.pid(), &["--threshold=20ms"])?;
-    let mut rounds = Vec::new();
+    let _empty = EmptyProgram::on_samples()?;
+    let (mut rounds, mut empty) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        let runs = during(watching.process.pid(), || {
-            thread::sleep(Duration::from_secs(1));
+        let mut own = Runs::new();
+        let theirs = during(watching.process.pid(), || {
+            own = during(std::process::id(), || {
+                thread::sleep(Duration::from_secs(1));
+                Ok(())
+            })?;
             Ok(())
         })?;
-        let run = runs.get(SAMPLE_PROGRAM).copied().unwrap_or_default();
-        ensure!(run.count >= 20, "only {} samples", run.count);
-        rounds.push(run.mean());
+        for (runs, name, means) in [(&theirs, SAMPLE_PROGRAM, &mut rounds), (&own, EmptyProgram::NAME, &mut empty)] {
+            let run = runs.get(name).copied().unwrap_or_default();
+            ensure!(run.count >= 20, "only {} samples by {name}", run.count);
+            means.push(run.mean());
+        }
     }
     let summary = watching.stop()?;
     say(&format!("records meanwhile: {}", summary["records"]["sent"]));
-    Ok(Cost::of(&rounds))
+    Ok((Cost::of(&rounds), Cost::of(&empty)))
 }
 
 /// What looking at one wait costs while nothing of it is sent: the switch to sleep, and the one back.
