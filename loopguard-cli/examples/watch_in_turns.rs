@@ -24,8 +24,9 @@ use serde_json::json;
 
 /// Long against what it takes to attach the programs, short against how the machine changes.
 const TURN: Duration = Duration::from_millis(200);
-/// For so long after each change nothing is measured.
-const AFTER_CHANGE: Duration = Duration::from_millis(30);
+/// For so long after each change nothing is measured: a change takes a processor from whatever makes the load, which then
+/// catches up.
+const AFTER_CHANGE: Duration = Duration::from_millis(150);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 const REAP_EVERY: Duration = Duration::from_millis(500);
 
