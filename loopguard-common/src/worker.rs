@@ -61,11 +61,17 @@ pub struct Poll {
     pub has_end: bool,
 }
 
+/// What a lock of Rust's standard library waits for: that it is still locked and somebody waits
+/// (library/std/src/sys/sync/mutex/futex.rs). A park waits for a count.
+const LOCK_CONTENDED: u32 = 2;
+
 /// A voluntary wait in `futex`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FutexWait {
     pub sp: u64,
     pub address: u64,
+    /// The value that the futex must have for the wait.
+    pub expected: u32,
     pub has_timeout: bool,
     /// Polls are marked.
     pub marked: bool,
@@ -81,13 +87,15 @@ pub enum FutexMeaning {
     Leaves,
     /// One of these, and without marked polls it can't be told which.
     Unclear,
+    /// Between polls it waits for a lock, by the looks of it: whether it is still a worker does not follow.
+    Locks,
 }
 
 impl FutexMeaning {
     /// Of one that leaves the thread idle.
     #[inline(always)]
     pub fn switch_out(self) -> SwitchOut {
-        if matches!(self, Self::Unclear) { SwitchOut::MayPoll } else { SwitchOut::Polls }
+        if matches!(self, Self::Unclear | Self::Locks) { SwitchOut::MayPoll } else { SwitchOut::Polls }
     }
 }
 
@@ -162,6 +170,9 @@ impl Worker {
             }
             if self.flags & WORKER_POLL_WITHOUT_END != 0 {
                 return FutexMeaning::Unclear;
+            }
+            if wait.expected == LOCK_CONTENDED && !wait.has_timeout && !is_park {
+                return FutexMeaning::Locks;
             }
             self.seen_idle += 1;
             // Only an idle thread of the blocking pool gives up after a while.
@@ -298,6 +309,7 @@ mod tests {
                     let wait = FutexWait {
                         address: number(2),
                         sp: number(3),
+                        expected: if words.get(4) == Some(&"lock") { LOCK_CONTENDED } else { 0 },
                         has_timeout: words.get(4) == Some(&"timeout"),
                         marked,
                     };
@@ -307,13 +319,15 @@ mod tests {
                         FutexMeaning::Waits => {
                             clock.switch_out(now, SwitchOut::Waits { syscall: 202, arg0: 1, gil: false });
                         }
-                        FutexMeaning::Parks | FutexMeaning::Unclear => {
+                        FutexMeaning::Parks | FutexMeaning::Unclear | FutexMeaning::Locks => {
                             if clock.in_tick() {
                                 tell(clock.end_step(now), &running, &mut told);
                                 clock.end_tick(now);
                                 clock.switch_out(now, meaning.switch_out());
                             }
-                            worker.parks(&mut clock);
+                            if meaning != FutexMeaning::Locks {
+                                worker.parks(&mut clock);
+                            }
                         }
                         FutexMeaning::Leaves => worker.leaves(&mut clock),
                     }
@@ -365,6 +379,22 @@ mod tests {
         check(
             "10 runs\n 10 poll 7 1000\n 40 end 1008\n 40 blocking-task\n 80 futex 900 100\n 90 runs",
             &["10..40 task 7", "Leaves"],
+        );
+    }
+
+    #[test]
+    fn a_lock_between_polls_is_no_park() {
+        // The pool's, on the way back to it: what the poll held is not released, and where it waits is not remembered.
+        check(
+            "10 runs\n 10 poll 7 1000\n 40 end 1008\n 41 futex 500 900 lock\n 42 runs\n 43 futex 600 700 timeout\n\
+             50 runs\n 51 unmarked\n 51 futex 500 900\n 52 runs",
+            &["10..40 task 7", "Locks", "40..41 -", "unclear for 1", "Leaves", "Leaves"],
+        );
+        // A lock that is waited for inside a poll blocks; a park whose count is by chance the lock's value is known.
+        check("10 runs\n 10 poll 7 1000\n 11 futex 500 900 lock\n 30 runs\n 31 end 1008", &["Waits", "10..31 task 7"]);
+        check(
+            "10 runs\n 10 poll 7 1000\n 20 end 1008\n 20 futex 500 900\n 30 runs\n 30 futex 500 900 lock",
+            &["10..20 task 7", "Parks", "Parks"],
         );
     }
 

@@ -497,6 +497,7 @@ fn futex_meaning(target: &Watched, at: u64) -> FutexMeaning {
     let wait = FutexWait {
         sp: saved.rsp,
         address: saved.rdi,
+        expected: saved.rdx as u32,
         has_timeout: saved.r10 != 0,
         marked: target.thread.flags & THREAD_STEPS_TASK != 0,
     };
@@ -520,9 +521,13 @@ fn idles(target: Watched, at: u64, meaning: FutexMeaning) {
         let request = target.clock.leave_all_requests();
         send::step_if_long(target.thread, target.clock, ended, request);
         target.clock.end_tick(at);
-        release(&target, worker);
+        if meaning != FutexMeaning::Locks {
+            release(&target, worker);
+        }
     }
-    worker.parks(target.clock);
+    if meaning != FutexMeaning::Locks {
+        worker.parks(target.clock);
+    }
     target.clock.switch_out(at, meaning.switch_out());
 }
 
