@@ -136,7 +136,7 @@ impl LoopClock {
         Self { polling: POLLS, ..Self::default() }
     }
 
-    /// Off the CPU because it waits, not because it has none.
+    /// Off the CPU because it began to wait, not because it has none. That the wait is over shows when it runs again.
     pub fn is_waiting(&self) -> bool {
         self.state == WAITING || self.state == WAITING_GIL
     }
