@@ -223,11 +223,7 @@ fn misses(rig: &Rig) -> Result<Misses> {
     let _empty = EmptyProgram::on_switches()?;
     let (mut empty, mut switch) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        let mut own = Runs::new();
-        let theirs = during(watching.process.pid(), || {
-            own = during(std::process::id(), || ping_pong(Duration::from_millis(500)))?;
-            Ok(())
-        })?;
+        let (theirs, own) = beside(watching.process.pid(), || ping_pong(Duration::from_millis(500)))?;
         let mean = |runs: &Runs, name: &str| -> Result<f64> {
             let run = runs.get(name).with_context(|| format!("{name} did not run"))?;
             ensure!(run.count > 5000, "{name} ran only {} times", run.count);
@@ -388,12 +384,8 @@ fn young_sample(rig: &Rig) -> Result<(Cost, Cost)> {
     let _empty = EmptyProgram::on_samples()?;
     let (mut rounds, mut empty) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        let mut own = Runs::new();
-        let theirs = during(watching.process.pid(), || {
-            own = during(std::process::id(), || {
-                thread::sleep(Duration::from_secs(1));
-                Ok(())
-            })?;
+        let (theirs, own) = beside(watching.process.pid(), || {
+            thread::sleep(Duration::from_secs(1));
             Ok(())
         })?;
         for (runs, name, means) in [(&theirs, SAMPLE_PROGRAM, &mut rounds), (&own, EmptyProgram::NAME, &mut empty)] {
@@ -565,6 +557,16 @@ fn during(pid: u32, what: impl FnOnce() -> Result<()>) -> Result<Runs> {
     }
     runs.retain(|_, run| run.count > 0);
     Ok(runs)
+}
+
+/// Of the process's programs and of our own.
+fn beside(pid: u32, what: impl FnOnce() -> Result<()>) -> Result<(Runs, Runs)> {
+    let mut own = Runs::new();
+    let theirs = during(pid, || {
+        own = during(std::process::id(), what)?;
+        Ok(())
+    })?;
+    Ok((theirs, own))
 }
 
 /// Of every program that the process holds; `/proc/PID/fdinfo` has the figures and the ids.

@@ -152,6 +152,11 @@ fn output(command: &mut Command) -> Option<String> {
     Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
+/// A row of it: what was measured, and these fields of the figures.
+fn row(name: &str, measured: &Value, fields: &[&str]) -> Vec<String> {
+    [name.to_owned()].into_iter().chain(fields.iter().map(|field| measured[field].to_string())).collect()
+}
+
 /// Prints a Markdown table.
 fn table(head: &[&str], rows: &[Vec<String>]) {
     println!("\n| {} |", head.join(" | "));

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
 use super::rig::{Rig, Server, cpu_time, on_cpu};
-use super::{median, quantile, rounded, table};
+use super::{median, quantile, rounded, row, table};
 use crate::companion::Companion;
 use crate::step::say;
 
@@ -50,9 +50,7 @@ fn in_turns(rig: &Rig) -> Result<Value> {
     let told: Value = serde_json::from_str(text.lines().last().context("nothing was measured")?)?;
     let fields = ["throughput_ratio", "between_ratio", "added_cpu_us", "between_us"];
     let measured = told.as_object().into_iter().flatten().filter(|(_, value)| value.is_object());
-    let rows: Vec<Vec<String>> = measured
-        .map(|(name, value)| [name.clone()].into_iter().chain(fields.map(|field| value[field].to_string())).collect())
-        .collect();
+    let rows: Vec<Vec<String>> = measured.map(|(name, value)| row(name, value, &fields)).collect();
     table(&["in one process, against bare", "throughput", "95 %", "CPU us/request added", "95 %"], &rows);
     say(&format!("{} us bare, {} rounds", told["bare_cpu_us"], told["rounds"]));
     Ok(told)
@@ -147,8 +145,7 @@ fn print_steps(steps: &Map<String, Value>) {
     for (event_loop, measured) in steps {
         for name in states {
             let fields = ["tick_ns", "added_tick_ns", "step_ns", "added_step_ns"];
-            let figures = fields.iter().map(|field| measured[name][field].to_string());
-            rows.push([format!("{event_loop}, {name}")].into_iter().chain(figures).collect());
+            rows.push(row(&format!("{event_loop}, {name}"), &measured[name], &fields));
         }
     }
     table(&["CPU time of the loop's thread", "tick, ns", "added", "step, ns", "added"], &rows);
@@ -186,13 +183,7 @@ fn requests(rig: &Rig, pairs: u32) -> Result<Value> {
     let layered = in_pairs(pairs, || round(&axum, None), || round(&telling, None))?;
     results.insert("axum, with the layer".to_owned(), layered);
     let fields = ["throughput_ratio", "throughput_ratio_spread", "added_cpu_us", "added_cpu_us_spread", "valid_pairs"];
-    let rows: Vec<Vec<String>> = results
-        .iter()
-        .map(|(name, measured)| {
-            let figures = fields.iter().map(|field| measured[field].to_string());
-            [name.clone()].into_iter().chain(figures).collect()
-        })
-        .collect();
+    let rows: Vec<Vec<String>> = results.iter().map(|(name, measured)| row(name, measured, &fields)).collect();
     let head = ["against bare", "throughput", "quartiles", "CPU us/request added", "quartiles", "valid pairs"];
     table(&head, &rows);
     Ok(Value::Object(results))

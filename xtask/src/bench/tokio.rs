@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::overhead::{Round, on_path, round_of, wrk};
 use super::rig::{Rig, Server, TokioBuild, TokioPrograms, cpu_time, free_port, on_cpu};
-use super::{median, output, quantile, rounded, table, turns};
+use super::{median, output, quantile, rounded, row, table, turns};
 use crate::step::say;
 
 const THRESHOLD: &str = "--threshold=10ms";
@@ -279,14 +279,13 @@ pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
             "throughput_ratio",
             "valid_pairs",
         ];
-        let figures = fields.iter().map(|field| result[field].to_string());
-        rows.push([format!("{runtime}, {name}")].into_iter().chain(figures).collect());
+        rows.push(row(&format!("{runtime}, {name}"), &result, &fields));
         results.insert((*name).to_owned(), result);
     }
     let head = ["against bare", "CPU us/request", "added", "quartiles", "CPU ratio", "throughput", "valid pairs"];
     table(&head, &rows);
     let in_turns = turns::in_turns(rig, &programs, &server, RATE, TURNS_SECONDS)?;
-    turns::print(&[(format!("{runtime}, {PACED}"), &in_turns)]);
+    turns::print(&format!("{runtime}, {PACED}"), &in_turns);
     results.insert(PACED.to_owned(), in_turns);
     results.insert("loopguard_cpu_percent".to_owned(), json!(rounded(median(&own_cpu) * 100.0, 2)));
     results.insert("pairs".to_owned(), json!(pairs));

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::rig::{Rig, Server, TokioPrograms, on_cpu};
-use super::{median, output, rounded, table};
+use super::{median, output, rounded, row, table};
 use crate::companion::Companion;
 use crate::step::say;
 
@@ -81,8 +81,8 @@ fn between(values: &[f64], digits: i32) -> Value {
     json!([rounded(at((middle - off).floor()), digits), rounded(at((middle + off).ceil()), digits)])
 }
 
-/// Of several servers under such a load.
-pub fn print(measured: &[(String, &Value)]) {
+/// What was measured of a server.
+pub fn print(name: &str, measured: &Value) {
     let fields = [
         "bare_cpu_us",
         "added_cpu_us",
@@ -91,14 +91,8 @@ pub fn print(measured: &[(String, &Value)]) {
         "server_cpu_ratio_between",
         "turns",
     ];
-    let rows: Vec<Vec<String>> = measured
-        .iter()
-        .map(|(name, measured)| {
-            let figures = fields.iter().map(|field| measured[field].to_string());
-            [name.clone()].into_iter().chain(figures).collect()
-        })
-        .collect();
-    table(&["in turns", "CPU us/request", "added", "95 %", "CPU ratio", "95 %", "turns"], &rows);
+    let head = ["in turns", "CPU us/request", "added", "95 %", "CPU ratio", "95 %", "turns"];
+    table(&head, &[row(name, measured, &fields)]);
 }
 
 #[cfg(test)]
