@@ -101,7 +101,7 @@ async fn serve(port: u16, truth: Option<Truth>, telling: Telling) -> Result<()> 
         _ = stop.recv() => {}
     }
     if let Some(truth) = truth {
-        truth.flush();
+        truth.flush().context("write the truth")?;
     }
     Ok(())
 }

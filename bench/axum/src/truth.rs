@@ -8,15 +8,18 @@ use std::{
     fs::File,
     future::Future,
     io::{self, BufWriter, Write as _},
+    mem,
     path::Path,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
 };
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 const SHORTEST_STEP_NS: u64 = 3_000_000;
+/// Requests for which there is room from the beginning: more than a load of half a minute sends.
+const RECORDS: usize = 1 << 15;
 
 type Span = (u64, u64, &'static str);
 
@@ -51,7 +54,8 @@ impl RequestTruth {
     pub fn blocking<R>(&self, kind: &'static str, code: impl FnOnce() -> R) -> R {
         let start = now();
         let result = code();
-        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push((start, now(), kind));
+        let end = now();
+        held(&self.spans).push((start, end, kind));
         result
     }
 }
@@ -62,42 +66,64 @@ pub fn gives_worker_away<R>(code: impl FnOnce() -> R) -> R {
     tokio::task::block_in_place(code)
 }
 
-/// The file of ground truth.
+/// What is known until the end, and the file that it is written to then: text made within a poll, behind that poll's
+/// last look at the clock, would be part of what blocks the worker but not of the truth.
 #[derive(Clone)]
-pub struct Truth(Arc<Mutex<BufWriter<File>>>);
+pub struct Truth(Arc<Mutex<Known>>);
+
+struct Known {
+    file: File,
+    records: Vec<Record>,
+}
+
+enum Record {
+    Background { start: u64, end: u64 },
+    Request { id: Option<String>, path: String, start: u64, end: u64, steps: Vec<(u64, u64)>, spans: Vec<Span> },
+}
 
 impl Truth {
     pub fn create(path: &Path) -> io::Result<Self> {
-        Ok(Self(Arc::new(Mutex::new(BufWriter::new(File::create(path)?)))))
-    }
-
-    fn write(&self, record: &Value) {
-        let mut file = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = writeln!(file, "{record}");
+        Ok(Self(Arc::new(Mutex::new(Known { file: File::create(path)?, records: Vec::with_capacity(RECORDS) }))))
     }
 
     pub fn background(&self, start: u64, end: u64) {
-        self.write(&json!({"type": "background", "spans": [(start, end, "background")]}));
+        held(&self.0).records.push(Record::Background { start, end });
     }
 
-    pub fn flush(&self) {
-        let _ = self.0.lock().unwrap_or_else(PoisonError::into_inner).flush();
+    /// Writes what came since the last time.
+    pub fn flush(&self) -> io::Result<()> {
+        let mut known = held(&self.0);
+        let records = mem::take(&mut known.records);
+        let mut file = BufWriter::new(&known.file);
+        for record in records {
+            let line = match record {
+                Record::Background { start, end } => {
+                    json!({"type": "background", "spans": [(start, end, "background")]})
+                }
+                Record::Request { id, path, start, end, steps, spans } => json!({
+                    "type": "request", "request_id": id, "path": path,
+                    "start_ns": start, "end_ns": end, "steps": steps, "spans": spans,
+                }),
+            };
+            writeln!(file, "{line}")?;
+        }
+        file.flush()
     }
 
-    /// Serves one request and writes down what it did.
+    /// Serves one request and keeps what it did.
     pub async fn record<F: Future>(&self, id: Option<String>, path: String, serve: F) -> F::Output {
         let truth = Arc::new(RequestTruth::default());
         let start = now();
         let timed = TimedPolls { inner: Box::pin(serve), truth: truth.clone() };
         let output = CURRENT.scope(truth.clone(), timed).await;
-        let steps = std::mem::take(&mut *truth.steps.lock().unwrap_or_else(PoisonError::into_inner));
-        let spans = std::mem::take(&mut *truth.spans.lock().unwrap_or_else(PoisonError::into_inner));
-        self.write(&json!({
-            "type": "request", "request_id": id, "path": path,
-            "start_ns": start, "end_ns": now(), "steps": steps, "spans": spans,
-        }));
+        let (steps, spans) = (mem::take(&mut *held(&truth.steps)), mem::take(&mut *held(&truth.spans)));
+        held(&self.0).records.push(Record::Request { id, path, start, end: now(), steps, spans });
         output
     }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct TimedPolls<F> {
@@ -114,7 +140,7 @@ impl<F: Future> Future for TimedPolls<F> {
         let polled = self.inner.as_mut().poll(context);
         let end = now();
         if end - start >= SHORTEST_STEP_NS && !GAVE_WORKER_AWAY.get() {
-            self.truth.steps.lock().unwrap_or_else(PoisonError::into_inner).push((start, end));
+            held(&self.truth.steps).push((start, end));
         }
         polled
     }
