@@ -147,6 +147,30 @@ fn every_poll_that_blocks_is_named_with_its_request() {
     fs::remove_file(stripped).unwrap();
 }
 
+/// From the first moment on, when no poll was ever seen and nobody knows where its threads park.
+#[test]
+fn a_worker_that_was_given_away_is_not_blocked() {
+    let _alone = alone();
+    if !can_trace() {
+        return;
+    }
+    let server = Server::start(server_binary(), "multi");
+    let watching = Watching::start(server.child.id(), &["--threshold", THRESHOLD]);
+    for n in 0..20 {
+        thread::scope(|scope| {
+            for client in 0..3 {
+                let server = &server;
+                scope.spawn(move || server.get(&format!("/ok/in-place/{BLOCK_MS}"), &format!("away-{n}-{client}")));
+            }
+        });
+    }
+    server.get(&format!("/block/sleep/{BLOCK_MS}"), "block");
+    let events = watching.stop();
+    let blocks: Vec<_> = events.blocks().filter(|block| block["verdict"] != "host").collect();
+    assert_eq!(blocks.len(), 1, "{blocks:#?}");
+    assert!(ids(blocks[0]).iter().all(|id| *id == "block"), "{:#}", blocks[0]);
+}
+
 #[test]
 fn the_right_one_of_several_requests_on_a_connection_is_named() {
     let _alone = alone();

@@ -87,6 +87,9 @@ pub enum FutexMeaning {
     Leaves,
     /// One of these, and without marked polls it can't be told which.
     Unclear,
+    /// One of these too, but no park by the looks of it: with a limit to the wait, as idle threads of the blocking pool
+    /// have, or not where the thread is known to park. What ended before it may have given its worker away.
+    MayLeave,
     /// Between polls it waits for a lock, by the looks of it: whether it is still a worker does not follow.
     Locks,
 }
@@ -95,7 +98,16 @@ impl FutexMeaning {
     /// Of one that leaves the thread idle.
     #[inline(always)]
     pub fn switch_out(self) -> SwitchOut {
-        if matches!(self, Self::Unclear | Self::Locks) { SwitchOut::MayPoll } else { SwitchOut::Polls }
+        match self {
+            Self::Unclear | Self::MayLeave | Self::Locks => SwitchOut::MayPoll,
+            Self::Waits | Self::Parks | Self::Leaves => SwitchOut::Polls,
+        }
+    }
+
+    /// Whether a thread that waits so is, or was until now, a worker: what it held has blocked it.
+    #[inline(always)]
+    pub fn is_workers(self) -> bool {
+        matches!(self, Self::Parks | Self::Unclear)
     }
 }
 
@@ -169,9 +181,15 @@ impl Worker {
                 return FutexMeaning::Waits;
             }
             if self.flags & WORKER_POLL_WITHOUT_END != 0 {
-                return FutexMeaning::Unclear;
+                return self.unclear(wait);
             }
             if wait.expected == LOCK_CONTENDED && !wait.has_timeout && !is_park {
+                return FutexMeaning::Locks;
+            }
+            if wait.address == self.park_futex && !wait.has_timeout && !is_park {
+                // parking_lot waits for everything on one futex a thread. Where the thread stands tells locks from
+                // parks, and which of the two places is the park's shows in that it comes again.
+                self.park_sp = wait.sp;
                 return FutexMeaning::Locks;
             }
             self.seen_idle += 1;
@@ -194,6 +212,15 @@ impl Worker {
             FutexMeaning::Leaves
         } else if self.knows_park() && wait.address != self.park_futex && !wait.has_timeout {
             FutexMeaning::Waits
+        } else {
+            self.unclear(wait)
+        }
+    }
+
+    #[inline(always)]
+    fn unclear(&self, wait: FutexWait) -> FutexMeaning {
+        if wait.has_timeout || self.knows_park() && wait.sp != self.park_sp {
+            FutexMeaning::MayLeave
         } else {
             FutexMeaning::Unclear
         }
@@ -319,13 +346,13 @@ mod tests {
                         FutexMeaning::Waits => {
                             clock.switch_out(now, SwitchOut::Waits { syscall: 202, arg0: 1, gil: false });
                         }
-                        FutexMeaning::Parks | FutexMeaning::Unclear | FutexMeaning::Locks => {
+                        FutexMeaning::Parks | FutexMeaning::Unclear | FutexMeaning::MayLeave | FutexMeaning::Locks => {
                             if clock.in_tick() {
                                 tell(clock.end_step(now), &running, &mut told);
                                 clock.end_tick(now);
                                 clock.switch_out(now, meaning.switch_out());
                             }
-                            if meaning != FutexMeaning::Locks {
+                            if meaning.is_workers() {
                                 worker.parks(&mut clock);
                             }
                         }
@@ -396,6 +423,12 @@ mod tests {
             "10 runs\n 10 poll 7 1000\n 20 end 1008\n 20 futex 500 900\n 30 runs\n 30 futex 500 900 lock",
             &["10..20 task 7", "Parks", "Parks"],
         );
+        // parking_lot's lock, on the futex of the park but from another place. The park is known again by the second.
+        check(
+            "10 runs\n 10 poll 7 1000\n 20 end 1008\n 20 futex 500 900\n 30 runs\n 30 futex 500 800\n 31 runs\n\
+             31 futex 500 900\n 32 runs\n 32 futex 500 900",
+            &["10..20 task 7", "Parks", "Locks", "unclear for 1", "Locks", "unclear for 1", "Parks"],
+        );
     }
 
     #[test]
@@ -405,8 +438,8 @@ mod tests {
         check(&format!("{learned} 20 runs\n 25 futex 500 900"), &expected(&["Parks", "20..25 -"]));
         check(&format!("{learned} 20 runs\n 25 futex 123 800"), &expected(&["Waits"]));
         // parking_lot waits for everything on one futex a thread.
-        check(&format!("{learned} 20 runs\n 25 futex 500 800"), &expected(&["Unclear", "20..25 -"]));
-        check(&format!("{learned} 20 runs\n 25 futex 123 800 timeout"), &expected(&["Unclear", "20..25 -"]));
+        check(&format!("{learned} 20 runs\n 25 futex 500 800"), &expected(&["MayLeave", "20..25 -"]));
+        check(&format!("{learned} 20 runs\n 25 futex 123 800 timeout"), &expected(&["MayLeave", "20..25 -"]));
         check("1 unmarked\n 10 runs\n 20 futex 500 900", &["Unclear", "10..20 -"]);
         // Where the pool's threads wait is remembered as well.
         check(
@@ -417,6 +450,11 @@ mod tests {
             &expected(&["20..25 -", "25..26 task 8", "Leaves", "27..28 task 9", "Leaves"]),
         );
         check("10 runs\n 11 poll-without-end 7 1000\n 20 futex 500 900", &["10..11 -", "Unclear", "11..20 -"]);
+        // Not even whether it parked then is known: the poll may go on.
+        check(
+            "10 runs\n 11 poll-without-end 7 1000\n 20 futex 500 900 timeout\n 30 runs\n 31 futex 500 900",
+            &["10..11 -", "MayLeave", "11..20 -", "unclear for 10", "Unclear", "30..31 -"],
+        );
     }
 
     #[test]
@@ -429,7 +467,7 @@ mod tests {
                 "11..12 task 7",
                 "Parks",
                 "12..13 -",
-                "Unclear",
+                "MayLeave",
                 "20..25 -",
                 "unclear for 60",
                 "Parks",

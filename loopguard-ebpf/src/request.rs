@@ -213,11 +213,11 @@ pub fn on_request_end(ctx: ProbeContext) -> u32 {
 }
 
 #[inline(always)]
-fn crossed(target: Watched, now: u64, crossing: Crossing) {
+fn crossed(mut target: Watched, now: u64, crossing: Crossing) {
     match crossing {
         Crossing::Edge { left, ended } => {
             step_of_request(&target, left, ended);
-            if !task::step_of_request(&target, ended, left) {
+            if !task::step_of_request(&mut target, ended, left) {
                 send::step_if_long(target.thread, target.clock, ended, left);
             }
             target.clock.begin_crossed(now);

@@ -268,25 +268,24 @@ fn finish_long(target: &mut Watched, worker: &mut Worker, ended: EndedStep) {
 }
 
 #[inline(always)]
-fn hold(target: &Watched, worker: &mut Worker, ended: EndedStep, request: u64) {
+fn hold(target: &mut Watched, worker: &mut Worker, ended: EndedStep, request: u64) {
     if let Some(held) = HELD.get_ptr_mut(target.slot) {
         // SAFETY: as for the clock of the same slot.
         send::fill_step(unsafe { &mut *held }, target.thread, target.clock, (ended, request));
         worker.flags |= WORKER_HOLDS_STEP;
+        // The next park releases it.
+        target.clock.parked = 0;
     }
 }
 
-/// A step that the server's own probes ended: inside a poll of a worker it has to wait like the poll itself.
+/// A step that the server's own probes ended, on a worker: it has to wait like the poll that it is part of, also while
+/// polls are not marked.
 #[inline(always)]
-pub fn step_of_request(target: &Watched, ended: EndedStep, request: u64) -> bool {
-    const HOLDS: u32 = THREAD_PARKS_ON_FUTEX | THREAD_STEPS_TASK;
-    if ended.duration_ns() < target.thread.threshold_ns || target.thread.flags & HOLDS != HOLDS {
+pub fn step_of_request(target: &mut Watched, ended: EndedStep, request: u64) -> bool {
+    if ended.duration_ns() < target.thread.threshold_ns || target.thread.flags & THREAD_PARKS_ON_FUTEX == 0 {
         return false;
     }
     let Some(worker) = worker(target.slot) else { return false };
-    if !worker.polls(target.clock) {
-        return false;
-    }
     release(target, worker);
     if gave_worker_away(worker, ended) {
         return true;
@@ -502,7 +501,7 @@ fn futex_meaning(target: &Watched, at: u64) -> FutexMeaning {
         marked: target.thread.flags & THREAD_STEPS_TASK != 0,
     };
     let meaning = worker.futex_waits(target.clock, wait);
-    if meaning == FutexMeaning::Unclear && !wait.marked && !worker.knows_park() {
+    if matches!(meaning, FutexMeaning::Unclear | FutexMeaning::MayLeave) && !wait.marked && !worker.knows_park() {
         report_unclear(target, at, 0);
     }
     meaning
@@ -510,7 +509,7 @@ fn futex_meaning(target: &Watched, at: u64) -> FutexMeaning {
 
 /// What follows from a wait in which the thread is idle.
 #[inline(always)]
-fn idles(target: Watched, at: u64, meaning: FutexMeaning) {
+fn idles(mut target: Watched, at: u64, meaning: FutexMeaning) {
     let Some(worker) = worker(target.slot) else { return };
     if meaning == FutexMeaning::Leaves {
         worker.leaves(target.clock);
@@ -519,13 +518,18 @@ fn idles(target: Watched, at: u64, meaning: FutexMeaning) {
     if target.clock.in_tick() {
         let ended = target.clock.end_step(at);
         let request = target.clock.leave_all_requests();
-        send::step_if_long(target.thread, target.clock, ended, request);
-        target.clock.end_tick(at);
-        if meaning != FutexMeaning::Locks {
+        if !meaning.is_workers() && ended.duration_ns() >= target.thread.threshold_ns {
+            // In place of what it held, if anything: a thread that waits like this twice is hardly a worker.
+            hold(&mut target, worker, ended, request);
+        } else {
+            send::step_if_long(target.thread, target.clock, ended, request);
+        }
+        if meaning.is_workers() {
             release(&target, worker);
         }
+        target.clock.end_tick(at);
     }
-    if meaning != FutexMeaning::Locks {
+    if meaning.is_workers() {
         worker.parks(target.clock);
     }
     target.clock.switch_out(at, meaning.switch_out());
