@@ -3,15 +3,16 @@
 //!
 //! usage: watch_in_turns PID SETTLE_S SECONDS
 //! Nothing is told of the first SETTLE_S seconds: loopguard learns what it needs of the loops. Then it prints one JSON
-//! object a turn.
+//! object a turn. How many TCP segments came in in its network namespace meanwhile is in it, too: under a load without a
+//! fixed rate they tell how many requests there were.
 
 use std::{
     collections::BTreeSet,
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use loopguard::{
     core::cumulative::CumulativeSettings,
     source::{
@@ -51,10 +52,11 @@ fn main() -> Result<()> {
     let (until, mut watches) = (Instant::now() + seconds, true);
     while Instant::now() < until {
         look_for(AFTER_CHANGE, &mut live)?;
-        let (since, cpu) = (Instant::now(), cpu_time(pid)?);
+        let (since, segments, cpu) = (Instant::now(), segments_in(pid)?, cpu_time(pid)?);
         look_for(TURN, &mut live)?;
-        let (cpu, wall) = (cpu_time(pid)? - cpu, since.elapsed());
-        println!("{}", json!({ "watches": watches, "wall_ns": wall.as_nanos(), "cpu_ns": cpu.as_nanos() }));
+        let (cpu, segments, wall) = (cpu_time(pid)? - cpu, segments_in(pid)? - segments, since.elapsed());
+        let (wall, cpu) = (wall.as_nanos(), cpu.as_nanos());
+        println!("{}", json!({ "watches": watches, "wall_ns": wall, "cpu_ns": cpu, "segments": segments }));
         watches = !watches;
         if watches {
             live.watch_again();
@@ -90,6 +92,14 @@ fn look_for(time: Duration, live: &mut Live) -> Result<()> {
         events.clear();
     }
     Ok(())
+}
+
+/// `Tcp: InSegs` (net/ipv4/proc.c), the tenth count.
+fn segments_in(pid: u32) -> Result<u64> {
+    let counts = fs::read_to_string(format!("/proc/{pid}/net/snmp"))?;
+    let tcp = counts.lines().filter_map(|line| line.strip_prefix("Tcp:")).nth(1);
+    let count = tcp.and_then(|values| values.split_whitespace().nth(9)).context("no counts of TCP")?;
+    Ok(count.parse()?)
 }
 
 /// Up to this moment, of the threads that run, too.

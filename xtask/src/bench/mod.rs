@@ -89,7 +89,7 @@ fn measure(name: &str, options: &[&str]) -> Result<()> {
         "accuracy" => accuracy::run(&rig, seconds.unwrap_or(30))?,
         "overhead" => overhead::run(&rig, pairs.unwrap_or(12))?,
         "tokio-accuracy" => tokio::accuracy(&rig, seconds.unwrap_or(20))?,
-        "tokio-overhead" => tokio::overhead(&rig, runtime, pairs.unwrap_or(12))?,
+        "tokio-overhead" => tokio::overhead(&rig, runtime, pairs.unwrap_or(4))?,
         "tokio-hud" => {
             let hud = hud.with_context(|| format!("--hud is missing: where hud is\n{USAGE}"))?;
             hud::run(&rig, hud, seconds.unwrap_or(20))?

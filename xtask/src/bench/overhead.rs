@@ -255,14 +255,17 @@ fn round(server: &Server, watcher: Option<u32>) -> Result<Round> {
 
 /// As many requests as the server can answer to 32 connections; returns how many.
 pub(super) fn wrk(server: &Server, seconds: u32) -> Result<f64> {
-    let output = on_cpu(1, Path::new("wrk"))
-        .args(["-t1", "-c32", &format!("-d{seconds}s"), &format!("http://127.0.0.1:{}/hello", server.port)])
-        .output()
-        .context("run wrk")?;
+    let output = wrk_command(server, seconds).output().context("run wrk")?;
     let text = String::from_utf8_lossy(&output.stdout);
     text.lines()
         .find_map(|line| line.trim().split_once(" requests in")?.0.parse().ok())
         .with_context(|| format!("wrk says no number of requests: {text}"))
+}
+
+pub(super) fn wrk_command(server: &Server, seconds: u32) -> std::process::Command {
+    let mut wrk = on_cpu(1, Path::new("wrk"));
+    wrk.args(["-t1", "-c32", &format!("-d{seconds}s"), &format!("http://127.0.0.1:{}/hello", server.port)]);
+    wrk
 }
 
 /// A round in which `load` sends requests and says how many were answered.

@@ -14,7 +14,8 @@ use serde_json::{Map, Value, json};
 
 use super::overhead::{Round, on_path, round_of, wrk};
 use super::rig::{Rig, Server, TokioBuild, TokioPrograms, cpu_time, free_port, on_cpu};
-use super::{median, output, quantile, rounded, row, table, turns};
+use super::turns::{self, Load};
+use super::{median, output, quantile, rounded, row, table};
 use crate::step::say;
 
 const THRESHOLD: &str = "--threshold=10ms";
@@ -211,7 +212,7 @@ fn get(port: u16, path: &str) -> Result<()> {
     Ok(())
 }
 
-/// Bare, healthy, closely watched and bare again, each under both loads: that often.
+/// Bare, healthy, closely watched and bare again, each under both loads: that often. Then watched in turns under both.
 pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
     ensure!(on_path("wrk"), "this needs wrk: run `apt-get install wrk`");
     let programs = rig.build_tokio(TokioBuild::Release)?;
@@ -284,9 +285,12 @@ pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
     }
     let head = ["against bare", "CPU us/request", "added", "quartiles", "CPU ratio", "throughput", "valid pairs"];
     table(&head, &rows);
-    let in_turns = turns::in_turns(rig, &programs, &server, RATE, TURNS_SECONDS)?;
-    turns::print(&format!("{runtime}, {PACED}"), &in_turns);
-    results.insert(PACED.to_owned(), in_turns);
+    let loads = [(FULL, Load::full(&server)?), (PACED, Load::Paced(RATE))];
+    for (name, load) in loads {
+        let in_turns = turns::in_turns(rig, &programs, &server, load, TURNS_SECONDS)?;
+        turns::print(&format!("{runtime}, {name}"), &in_turns);
+        results.insert(name.to_owned(), in_turns);
+    }
     results.insert("loopguard_cpu_percent".to_owned(), json!(rounded(median(&own_cpu) * 100.0, 2)));
     results.insert("pairs".to_owned(), json!(pairs));
     Ok(json!({ runtime: results }))
@@ -295,9 +299,10 @@ pub fn overhead(rig: &Rig, runtime: &str, pairs: u32) -> Result<Value> {
 /// Longer than the threshold.
 const BLOCK: &str = "/block/sleep/150";
 const CLOSELY_PACED: &str = "closely watched, 5000 requests a second";
+const FULL: &str = "attached, wrk, in turns";
 const PACED: &str = "attached, 5000 requests a second";
 /// How long that is measured.
-const TURNS_SECONDS: u32 = 90;
+const TURNS_SECONDS: u32 = 120;
 
 fn both_loads(programs: &TokioPrograms, server: &Server, watcher: Option<u32>) -> Result<[Round; 2]> {
     let paced = || {

@@ -1,14 +1,17 @@
-//! What watching costs a server under a load that does not change: its CPU time while it is watched and while it is not,
-//! in turns of a fifth of a second.
+//! What watching costs a server under a load that goes on: its CPU time while it is watched and while it is not, in
+//! turns of a fifth of a second.
 //!
 //! A machine whose speed changes from one second to the next tells nothing by rounds that are half a minute apart.
 
+use std::fs;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::overhead::{wrk, wrk_command};
 use super::rig::{Rig, Server, TokioPrograms, on_cpu};
 use super::{median, output, rounded, row, table};
 use crate::companion::Companion;
@@ -19,20 +22,61 @@ const SETTLE_SECONDS: u32 = 13;
 /// The load begins earlier and ends later.
 const MARGIN_SECONDS: u32 = 5;
 const CONNECTIONS: u32 = 32;
+/// For so long requests and segments are both counted.
+const COUNTED_SECONDS: u32 = 3;
 
-/// `per_second` requests of `/hello` for so many seconds.
-pub fn in_turns(rig: &Rig, programs: &TokioPrograms, server: &Server, per_second: u32, seconds: u32) -> Result<Value> {
+/// Requests of `/hello` on as many connections.
+#[derive(Clone, Copy)]
+pub enum Load {
+    /// So many a second.
+    Paced(u32),
+    /// As many as are answered, of which each is so many TCP segments.
+    Full { segments: f64 },
+}
+
+impl Load {
+    /// As many as the server can answer.
+    pub fn full(server: &Server) -> Result<Self> {
+        let before = segments_in()?;
+        let requests = wrk(server, COUNTED_SECONDS)?;
+        Ok(Self::Full { segments: (segments_in()? - before) / requests })
+    }
+
+    fn command(self, programs: &TokioPrograms, server: &Server, seconds: u32) -> Command {
+        match self {
+            Self::Paced(per_second) => {
+                let mut pace = on_cpu(1, &programs.pace);
+                let numbers = [server.port.into(), CONNECTIONS, per_second, seconds];
+                pace.args(numbers.map(|number: u32| number.to_string()));
+                pace
+            }
+            Self::Full { .. } => {
+                let mut wrk = wrk_command(server, seconds);
+                wrk.stdout(Stdio::null());
+                wrk
+            }
+        }
+    }
+}
+
+/// TCP segments that came in on this machine: `Tcp: InSegs` (net/ipv4/proc.c), the tenth count.
+fn segments_in() -> Result<f64> {
+    let counts = fs::read_to_string("/proc/net/snmp")?;
+    let tcp = counts.lines().filter_map(|line| line.strip_prefix("Tcp:")).nth(1);
+    let count = tcp.and_then(|values| values.split_whitespace().nth(9)).context("no counts of TCP")?;
+    Ok(count.parse()?)
+}
+
+/// A server under `load` for so many seconds.
+pub fn in_turns(rig: &Rig, programs: &TokioPrograms, server: &Server, load: Load, seconds: u32) -> Result<Value> {
     let example = rig.build_example("watch_in_turns")?;
-    say(&format!("{per_second} requests a second, watched and not, in turns, {seconds} s"));
-    let mut pace = on_cpu(1, &programs.pace);
-    let load_seconds = SETTLE_SECONDS + seconds + 2 * MARGIN_SECONDS;
-    pace.args([server.port.into(), CONNECTIONS, per_second, load_seconds].map(|number: u32| number.to_string()));
-    let _load = Companion::start(&mut pace)?;
+    say(&format!("watched and not, in turns, {seconds} s"));
+    let _load = Companion::start(&mut load.command(programs, server, SETTLE_SECONDS + seconds + 2 * MARGIN_SECONDS))?;
     thread::sleep(Duration::from_secs(1));
     let mut watch = on_cpu(1, &example);
     watch.args([server.process.pid(), SETTLE_SECONDS, seconds].map(|number| number.to_string()));
     let told = output(&mut watch).context("the turns were not measured")?;
-    let turns = told.lines().map(|line| Turn::read(line, per_second)).collect::<Result<Vec<_>>>()?;
+    let turns = told.lines().map(|line| Turn::read(line, load)).collect::<Result<Vec<_>>>()?;
     summary(&turns)
 }
 
@@ -43,10 +87,13 @@ struct Turn {
 }
 
 impl Turn {
-    fn read(line: &str, per_second: u32) -> Result<Self> {
+    fn read(line: &str, load: Load) -> Result<Self> {
         let told: Value = serde_json::from_str(line).with_context(|| format!("not a turn: {line}"))?;
         let number = |field: &str| told[field].as_f64().with_context(|| format!("a turn without {field}: {line}"));
-        let requests = number("wall_ns")? / 1e9 * f64::from(per_second);
+        let requests = match load {
+            Load::Paced(per_second) => number("wall_ns")? / 1e9 * f64::from(per_second),
+            Load::Full { segments } => number("segments")? / segments,
+        };
         let watches = told["watches"].as_bool().with_context(|| format!("a turn of nobody: {line}"))?;
         Ok(Self { watches, cpu_us: number("cpu_ns")? / 1e3 / requests })
     }
@@ -109,13 +156,19 @@ mod tests {
                     // The machine grows slower and slower.
                     "cpu_ns": 10_000_000u64 + n * 100_000 + u64::from(n % 2 == 1) * 1_000_000,
                 });
-                Turn::read(&line.to_string(), 5000).unwrap()
+                Turn::read(&line.to_string(), Load::Paced(5000)).unwrap()
             })
             .collect();
         let summary = summary(&turns).unwrap();
         assert_eq!(summary["turns"], 20);
         assert_eq!(summary["added_cpu_us"], 1.0);
         assert_eq!(summary["added_cpu_us_between"], json!([1.0, 1.0]));
+    }
+
+    #[test]
+    fn without_a_rate_segments_tell_the_requests() {
+        let line = r#"{"watches": true, "wall_ns": 1, "cpu_ns": 6000000, "segments": 2400}"#;
+        assert_eq!(Turn::read(line, Load::Full { segments: 2.0 }).unwrap().cpu_us, 5.0);
     }
 
     #[test]
