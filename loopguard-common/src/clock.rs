@@ -298,7 +298,7 @@ impl LoopClock {
         self.goes_on(now);
     }
 
-    /// It is on the CPU. A wake-up that no tracepoint showed: the wait ended at the latest now.
+    /// It is on the CPU. A wait of which nothing else told the end has ended by now.
     #[inline(always)]
     fn goes_on(&mut self, now: u64) {
         if self.state != ON_CPU {
@@ -359,24 +359,11 @@ impl LoopClock {
 #[inline(always)]
 fn bucket(length_ns: u64) -> usize {
     let (mut rest, mut n) = (length_ns, 0);
-    if rest >= 1000 << 15 {
-        rest >>= 16;
-        n += 16;
-    }
-    if rest >= 1000 << 7 {
-        rest >>= 8;
-        n += 8;
-    }
-    if rest >= 1000 << 3 {
-        rest >>= 4;
-        n += 4;
-    }
-    if rest >= 1000 << 1 {
-        rest >>= 2;
-        n += 2;
-    }
-    if rest >= 1000 {
-        n += 1;
+    for step in [16, 8, 4, 2, 1] {
+        if rest >= 1000 << (step - 1) {
+            rest >>= step;
+            n += step;
+        }
     }
     n.min(TICK_BUCKETS - 1)
 }

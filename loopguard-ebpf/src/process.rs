@@ -9,7 +9,7 @@ use loopguard_common::records::{PROCESS_BEFORE_POLLS, ProcessChange, ProcessReco
 use crate::{
     maps::{PROCESSES, REPORTED_POLLS, mark_watched, maybe_watched, unwatch, watched},
     poll,
-    sched::{tgid_of, tid_of},
+    sched::{field_of, tgid_of, tid_of},
     send,
 };
 
@@ -27,14 +27,12 @@ pub fn on_fork(ctx: BtfTracePointContext) -> i32 {
     }
     let child = ctx.arg::<*const u8>(1);
     let tgid = tgid_of(child);
-    // SAFETY: `child` comes from the tracepoint, so the verifier knows its type and checks the offset. It is set before
-    // the program is loaded: it must be read, not taken for what stands here.
-    let start_boottime_ns =
-        unsafe { *child.add(core::ptr::read_volatile(&raw const TASK_START_BOOTTIME_OFFSET) as usize).cast::<u64>() };
     if tgid == parent {
         // Only a thread.
         return 0;
     }
+    // SAFETY: `child` comes from the tracepoint.
+    let start_boottime_ns = unsafe { field_of(child, &TASK_START_BOOTTIME_OFFSET) };
     let _ = PROCESSES.insert(tgid, PROCESS_BEFORE_POLLS, 0);
     mark_watched(tgid);
     tell(ProcessChange::Forked, (tgid, tid_of(child)), Origin { parent, start_boottime_ns });

@@ -44,17 +44,33 @@ fn is_epoll(syscall: i32) -> bool {
     syscall == 232 || syscall == 281 || syscall == 441
 }
 
+/// The field at `offset` of a struct of the kernel's.
+///
+/// # Safety
+/// The verifier must know what `at` points to: a thread that a tracepoint passed, or what is reached from there. Then
+/// it checks the offset, and a pointer that leads nowhere reads as 0.
+#[inline(always)]
+pub unsafe fn field_of<T: Copy>(at: *const u8, offset: &'static u32) -> T {
+    // SAFETY: see above. Offsets are set before the program is loaded: they must be read, not taken for what stands here.
+    unsafe { *at.add(core::ptr::read_volatile(offset) as usize).cast::<T>() }
+}
+
 #[inline(always)]
 pub fn tid_of(task: *const u8) -> u32 {
-    // SAFETY: `task` comes from the tracepoint, so the verifier knows its type and checks the offset. Both constants
-    // are set before the program is loaded: they must be read, not taken for what stands here.
-    unsafe { *task.add(core::ptr::read_volatile(&raw const TASK_PID_OFFSET) as usize).cast::<u32>() }
+    // SAFETY: `task` comes from a tracepoint.
+    unsafe { field_of(task, &TASK_PID_OFFSET) }
+}
+
+#[inline(always)]
+pub fn tgid_of(task: *const u8) -> u32 {
+    // SAFETY: as above.
+    unsafe { field_of(task, &TASK_TGID_OFFSET) }
 }
 
 #[inline(always)]
 fn state_of(task: *const u8) -> u32 {
     // SAFETY: as above.
-    unsafe { *task.add(core::ptr::read_volatile(&raw const TASK_STATE_OFFSET) as usize).cast::<u32>() }
+    unsafe { field_of(task, &TASK_STATE_OFFSET) }
 }
 
 /// `sched_switch(bool preempt, struct task_struct *prev, struct task_struct *next, unsigned int prev_state)`; the
@@ -90,20 +106,9 @@ fn switched(next: *const u8, is_preempted: impl Fn() -> bool) -> i32 {
     0
 }
 
-/// The word at `offset` in a struct of the kernel's.
-///
-/// # Safety
-/// The verifier must know what `at` points to: a thread that a tracepoint passed, or what is reached from there. Then
-/// it checks the offset, and a pointer that leads nowhere reads as 0.
-#[inline(always)]
-unsafe fn word_at(at: *const u8, offset: &'static u32) -> u64 {
-    // SAFETY: see above. Offsets are set before the program is loaded: they must be read, not taken for what stands here.
-    unsafe { *at.add(core::ptr::read_volatile(offset) as usize).cast::<u64>() }
-}
-
 #[inline(always)]
 fn knows_run_queue() -> bool {
-    // SAFETY: as above.
+    // SAFETY: set before the program is loaded, like the offsets.
     unsafe { core::ptr::read_volatile(&raw const RUN_QUEUE.run_delay) != 0 }
 }
 
@@ -113,15 +118,16 @@ fn knows_run_queue() -> bool {
 fn run_delay_until_now(task: *const u8) -> u64 {
     // SAFETY: `task` comes from the tracepoint; the others are what the kernel's types say.
     unsafe {
-        let before = word_at(task, &RUN_QUEUE.run_delay);
-        let queued = word_at(task, &RUN_QUEUE.last_queued);
+        let before: u64 = field_of(task, &RUN_QUEUE.run_delay);
+        let queued: u64 = field_of(task, &RUN_QUEUE.last_queued);
         if queued == 0 {
             return before;
         }
-        let cfs_rq = word_at(task, &RUN_QUEUE.cfs_rq) as *const u8;
-        let rq = word_at(cfs_rq, &RUN_QUEUE.rq) as *const u8;
+        let cfs_rq: *const u8 = field_of(task, &RUN_QUEUE.cfs_rq);
+        let rq: *const u8 = field_of(cfs_rq, &RUN_QUEUE.rq);
+        let clock: u64 = field_of(rq, &RUN_QUEUE.clock);
         // Two processors' clocks may differ by a little.
-        before + word_at(rq, &RUN_QUEUE.clock).saturating_sub(queued)
+        before + clock.saturating_sub(queued)
     }
 }
 
@@ -165,7 +171,7 @@ fn switched_out(mut target: Watched, preempted: bool) {
     target.clock.switch_out(now, SwitchOut::Waits { syscall: call.number, arg0: call.arg0, gil });
     if knows_run_queue() {
         // SAFETY: the current thread exists.
-        target.clock.waits_after(unsafe { word_at(bpf_get_current_task_btf().cast(), &RUN_QUEUE.run_delay) });
+        target.clock.waits_after(unsafe { field_of(bpf_get_current_task_btf().cast(), &RUN_QUEUE.run_delay) });
     }
     // In an old step the wait need not be long to be worth a capture.
     let is_stack_due = |target: &mut Watched| {
@@ -212,12 +218,6 @@ pub fn on_sched_wakeup_new(ctx: BtfTracePointContext) -> i32 {
     let task = ctx.arg::<*const u8>(0);
     task::wakes(tid_of(task), tgid_of(task));
     0
-}
-
-#[inline(always)]
-pub fn tgid_of(task: *const u8) -> u32 {
-    // SAFETY: as for `tid_of`.
-    unsafe { *task.add(core::ptr::read_volatile(&raw const TASK_TGID_OFFSET) as usize).cast::<u32>() }
 }
 
 /// A worker without work, as far as its server's own probes tell. Those of tokio are known better.
