@@ -190,12 +190,13 @@ fn every_request_has_its_record_and_every_block_its_owner() {
                     scope.spawn(move || server.get("/ok/sleep/30", &format!("fine-{kind}-{i}")));
                 }
                 scope.spawn(|| server.get(&format!("/block/{kind}/{BLOCK_MS}"), &format!("block-{kind}")));
+                scope.spawn(|| server.get(&format!("/ok/in-place/{BLOCK_MS}"), &format!("fine-{kind}-in-place")));
             });
         }
         let events = watching.stop();
         assert_eq!(events.status.code(), Some(0), "{flavour}: {}", events.messages);
         let records = records(&events);
-        assert_eq!(records.len(), 5 * kinds.len(), "{flavour}: {:?}", records.keys());
+        assert_eq!(records.len(), 6 * kinds.len(), "{flavour}: {:?}", records.keys());
         for (id, own) in &records {
             let [record] = own[..] else { panic!("{flavour}: {id} has {} records", own.len()) };
             assert_eq!((&record["status"], &record["complete"]), (&200.into(), &true.into()), "{flavour}: {record}");

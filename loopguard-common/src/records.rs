@@ -76,6 +76,8 @@ pub const STEP_CUT_AT_ATTACH: u32 = 2;
 pub const STEP_ADDS_UP: u32 = 1 << 16;
 /// It began with the poll of a task whose end nobody would have seen: more than that poll may be in it.
 pub const STEP_WITHOUT_END: u32 = 4;
+/// Whether it blocked its worker was not known before now: its request's sums lack it.
+pub const STEP_WAS_HELD: u32 = 8;
 
 /// A step that has ended and reached the threshold, or is one of many short ones that may add up.
 #[repr(C)]

@@ -117,6 +117,8 @@ pub struct RequestKey {
 pub const REQUEST_OPEN_BEFORE: u32 = 1;
 /// Some of its code ran on a thread that was not watched yet: its sums lack that.
 pub const REQUEST_RAN_UNSEEN: u32 = 2;
+/// One of its steps is not among those that blocked yet: if it did, that is told by the step's own record.
+pub const REQUEST_HELD: u32 = 4;
 
 /// What a request has had of its loop so far. Times are sums over its steps.
 #[repr(C)]

@@ -12,8 +12,8 @@ use loopguard_common::{
     clock::EndedStep,
     records::{Counter, NO_SLOT, PollRecord, RecordHeader, RecordKind, SYSCALL_NONE},
     request::{
-        Crossing, ProbeArguments, REQUEST_OPEN_BEFORE, REQUEST_RAN_UNSEEN, Registers, RequestEndRecord, RequestKey,
-        RequestRouteRecord, RequestStartRecord, RequestTotals, read_argument,
+        Crossing, ProbeArguments, REQUEST_HELD, REQUEST_OPEN_BEFORE, REQUEST_RAN_UNSEEN, Registers, RequestEndRecord,
+        RequestKey, RequestRouteRecord, RequestStartRecord, RequestTotals, read_argument,
     },
 };
 
@@ -216,8 +216,9 @@ pub fn on_request_end(ctx: ProbeContext) -> u32 {
 fn crossed(mut target: Watched, now: u64, crossing: Crossing) {
     match crossing {
         Crossing::Edge { left, ended } => {
-            step_of_request(&target, left, ended);
-            if !task::step_of_request(&mut target, ended, left) {
+            let is_held = task::step_of_request(&mut target, ended, left);
+            step_of_request(&target, left, ended, is_held);
+            if !is_held {
                 send::step_if_long(target.thread, target.clock, ended, left);
             }
             target.clock.begin_crossed(now);
@@ -227,15 +228,20 @@ fn crossed(mut target: Watched, now: u64, crossing: Crossing) {
     }
 }
 
-/// Adds a step that ended to the sums of the request it was of, if it was one's.
+/// Adds a step that ended to the sums of the request it was of, if it was one's. `is_held`: whether it blocked is not
+/// known yet.
 #[inline(always)]
-fn step_of_request(target: &Watched, request: u64, ended: EndedStep) {
+fn step_of_request(target: &Watched, request: u64, ended: EndedStep, is_held: bool) {
     if request == 0 {
         return;
     }
     let key = RequestKey { id: request, tgid: target.thread.tgid, _pad: 0 };
     if let Some(totals) = totals(&key) {
-        totals.add(ended, target.clock.off_cpu(), target.thread.threshold_ns);
+        if is_held {
+            totals.flags |= REQUEST_HELD;
+        }
+        let threshold_ns = if is_held { u64::MAX } else { target.thread.threshold_ns };
+        totals.add(ended, target.clock.off_cpu(), threshold_ns);
     }
 }
 
@@ -244,7 +250,7 @@ fn step_of_request(target: &Watched, request: u64, ended: EndedStep) {
 pub fn tick_ended(target: &mut Watched, ended: EndedStep) {
     let left = target.clock.leave_all_requests();
     if left != 0 {
-        step_of_request(target, left, ended);
+        step_of_request(target, left, ended, false);
         count(Counter::RequestsAstray);
     }
 }

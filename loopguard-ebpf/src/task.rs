@@ -20,9 +20,9 @@ use aya_ebpf::{
 use loopguard_common::{
     clock::EndedStep,
     records::{
-        Counter, NO_SLOT, PollRecord, RecordHeader, RecordKind, STEP_PROBED, STEP_WITHOUT_END, StepRecord,
-        THREAD_PARKS_ON_FUTEX, THREAD_STEPS_TASK, THREAD_TELLS_SHORT, THREAD_TOKIO, TaskRecord, TaskReturnRecord,
-        UnclearWaitRecord,
+        Counter, NO_SLOT, PollRecord, RecordHeader, RecordKind, STEP_PROBED, STEP_WAS_HELD, STEP_WITHOUT_END,
+        StepRecord, THREAD_PARKS_ON_FUTEX, THREAD_STEPS_TASK, THREAD_TELLS_SHORT, THREAD_TOKIO, TaskRecord,
+        TaskReturnRecord, UnclearWaitRecord,
     },
     trail::{Read, TRAIL_ANSWER, TRAIL_PIECE, TRAIL_START, TaskKey, Trail, is_answer},
     worker::{
@@ -271,7 +271,9 @@ fn finish_long(target: &mut Watched, worker: &mut Worker, ended: EndedStep) {
 fn hold(target: &mut Watched, worker: &mut Worker, ended: EndedStep, request: u64) {
     if let Some(held) = HELD.get_ptr_mut(target.slot) {
         // SAFETY: as for the clock of the same slot.
-        send::fill_step(unsafe { &mut *held }, target.thread, target.clock, (ended, request));
+        let held = unsafe { &mut *held };
+        send::fill_step(held, target.thread, target.clock, (ended, request));
+        held.flags |= STEP_WAS_HELD;
         worker.flags |= WORKER_HOLDS_STEP;
         // The next park releases it.
         target.clock.parked = 0;
@@ -279,7 +281,7 @@ fn hold(target: &mut Watched, worker: &mut Worker, ended: EndedStep, request: u6
 }
 
 /// A step that the server's own probes ended, on a worker: it has to wait like the poll that it is part of, also while
-/// polls are not marked.
+/// polls are not marked. Whether it has to.
 #[inline(always)]
 pub fn step_of_request(target: &mut Watched, ended: EndedStep, request: u64) -> bool {
     if ended.duration_ns() < target.thread.threshold_ns || target.thread.flags & THREAD_PARKS_ON_FUTEX == 0 {

@@ -28,7 +28,11 @@ use axum::{
 };
 use clap::{Parser, ValueEnum};
 use futures_util::stream;
-use tokio::{net::TcpListener, runtime::Builder, time};
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Handle, RuntimeFlavor},
+    time,
+};
 
 use truth::{Record, Truth};
 
@@ -120,6 +124,7 @@ fn routes(truth: Option<Arc<Truth>>) -> Router<Places> {
         .route("/ok/pool/{ms}", get(ok_pool))
         .route("/ok/dependency/{ms}", get(ok_dependency))
         .route("/ok/thread/{ms}", get(ok_pool))
+        .route("/ok/in-place/{ms}", get(ok_in_place))
         .route("/ok/stream/{ms}", get(ok_stream))
         .route("/block/sleep/{ms}", get(block_sleep))
         .route("/block/between/{ms}", get(block_between_awaits))
@@ -179,6 +184,13 @@ async fn ok_pool(Path(ms): Path<f64>) -> Result<(), StatusCode> {
     tokio::task::spawn_blocking(move || thread::sleep(milliseconds(ms)))
         .await
         .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+/// Its worker goes on elsewhere meanwhile, where there is more than one.
+async fn ok_in_place(Path(ms): Path<f64>) {
+    if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread {
+        tokio::task::block_in_place(|| thread::sleep(milliseconds(ms)));
+    }
 }
 
 async fn ok_dependency(ms: Path<f64>) -> Result<(), StatusCode> {

@@ -287,6 +287,9 @@ impl Live {
                 break;
             }
         }
+        let mut fresh = Vec::new();
+        self.settle_requests(u64::MAX, &mut fresh);
+        self.hand_on(fresh, events);
         self.naming.finish(events);
         Ok(())
     }
@@ -323,6 +326,7 @@ impl Live {
                     if record.flags & STEP_ADDS_UP != 0 {
                         self.watch_closely(record.header.tgid);
                     }
+                    self.requests.blocked(&record);
                     let told = self.requests.owner(record.header.tgid, record.request);
                     if told.is_none() {
                         events.extend(self.owner_of_step(&record).map(Event::Capture));
@@ -331,7 +335,7 @@ impl Live {
                 }
                 Ok(Record::RequestStart(record)) => self.request_started(&record),
                 Ok(Record::RequestRoute(record)) => self.request_routed(&record),
-                Ok(Record::RequestEnd(record)) => events.push(self.request_ended(&record)),
+                Ok(Record::RequestEnd(record)) => events.extend(self.request_ended(&record)),
                 Ok(Record::Task(record)) => self.task(&record),
                 Ok(Record::TaskReturn(record)) => self.task_return(&record),
                 Ok(Record::UnclearWait(record)) => self.unclear_wait(&record),
@@ -381,7 +385,9 @@ impl Live {
         self.end_learning();
         self.look_at_task_ids();
         self.let_go(events);
-        events.push(Event::TimePassed { now_ns: process::monotonic_ns() });
+        let now_ns = process::monotonic_ns();
+        self.settle_requests(now_ns, events);
+        events.push(Event::TimePassed { now_ns });
         self.tend_requests();
     }
 

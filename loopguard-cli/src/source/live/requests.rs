@@ -2,13 +2,17 @@
 //! called, and turns its end into an event.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     os::unix::fs::MetadataExt as _,
     sync::Arc,
 };
 
-use loopguard_common::request::{
-    REQUEST_OPEN_BEFORE, REQUEST_RAN_UNSEEN, RequestEndRecord, RequestRouteRecord, RequestStartRecord, RequestTotals,
+use loopguard_common::{
+    records::{STEP_WAS_HELD, StepRecord},
+    request::{
+        REQUEST_HELD, REQUEST_OPEN_BEFORE, REQUEST_RAN_UNSEEN, RequestEndRecord, RequestRouteRecord,
+        RequestStartRecord, RequestTotals,
+    },
 };
 
 use super::Live;
@@ -28,6 +32,9 @@ use crate::{
 const LOOK_EVERY_NS: u64 = 1_000_000_000;
 /// Even if it maps as much as before, it is looked through after this time.
 const LOOK_ANYWAY_NS: u64 = 10_000_000_000;
+/// For so long a request that has ended waits for what may still be told of one of its steps: a worker that goes on
+/// parks or polls at once.
+const HELD_NS: u64 = 100_000_000;
 /// Files of one process that are looked into.
 const MAX_FILES: usize = 4096;
 /// Probe sites that are watched in one process.
@@ -40,6 +47,8 @@ pub(super) struct Requests {
     open: HashMap<Key, Open>,
     /// The open requests by age: the oldest make room.
     by_age: BTreeSet<(u64, Key)>,
+    /// Those that have ended, but not all of whose blocks are known.
+    held: VecDeque<(Key, EndedRequest)>,
     counts: RequestCounts,
     /// Of the kernel's counter: how many had been passed over when its table was last cleared of dead entries.
     untracked_when_swept: u64,
@@ -53,6 +62,15 @@ struct Open {
     start_ns: u64,
     /// It began before loopguard came; what it is called is known from elsewhere.
     began_before: bool,
+    /// Of its steps that were held: how many have blocked after all, and for how long.
+    late_blocks: u32,
+    late_ns: u64,
+}
+
+impl Open {
+    fn new(facts: RequestFacts, start_ns: u64, began_before: bool) -> Self {
+        Self { facts: Arc::new(facts), start_ns, began_before, late_blocks: 0, late_ns: 0 }
+    }
 }
 
 /// What is known of a process's own probes.
@@ -102,7 +120,7 @@ impl Requests {
             // The id came again before its request had ended.
             self.counts.never_ended += 1;
         }
-        self.add(key, Open { facts: Arc::new(facts), start_ns: record.at_ns, began_before: false });
+        self.add(key, Open::new(facts, record.at_ns, false));
     }
 
     fn routed(&mut self, record: &RequestRouteRecord) {
@@ -112,30 +130,62 @@ impl Requests {
         }
     }
 
-    fn ended(&mut self, record: &RequestEndRecord) -> EndedRequest {
+    /// `None`: it has ended, but waits for what is to be told of its steps.
+    fn ended(&mut self, record: &RequestEndRecord) -> Option<EndedRequest> {
         let key = (record.header.tgid, record.id);
         let totals = &record.totals;
         let open = self.remove(key);
         let started = open.as_ref().filter(|open| !open.began_before).map(|open| open.start_ns);
         let since = self.processes.get(&key.0).map_or(0, |provider| provider.since_ns);
         let was_tracked = totals.start_ns != 0;
-        EndedRequest {
+        let (late_blocks, late_ns) = open.as_ref().map_or((0, 0), |open| (open.late_blocks, open.late_ns));
+        let ended = EndedRequest {
             pid: key.0,
             status: (record.status != 0).then_some(record.status),
             start_ns: started.unwrap_or(since).min(record.end_ns),
             end_ns: record.end_ns,
-            held: held(totals),
+            held: Held { blocks: totals.blocks + late_blocks, blocked_ns: totals.blocked_ns + late_ns, ..held(totals) },
             is_complete: started.is_some()
                 && was_tracked
                 && totals.flags & (REQUEST_OPEN_BEFORE | REQUEST_RAN_UNSEEN) == 0,
             facts: open.map_or_else(|| Arc::new(unnamed(key)), |open| open.facts),
+        };
+        if totals.flags & REQUEST_HELD == 0 {
+            return Some(ended);
         }
+        self.held.push_back((key, ended));
+        None
+    }
+
+    /// A step has blocked, and may be one that its request's sums lack.
+    pub(super) fn blocked(&mut self, record: &StepRecord) {
+        if record.flags & STEP_WAS_HELD == 0 || record.request == 0 {
+            return;
+        }
+        let key = (record.header.tgid, record.request);
+        let ns = record.end_ns.saturating_sub(record.start_ns);
+        if let Some(open) = self.open.get_mut(&key) {
+            open.late_blocks += 1;
+            open.late_ns += ns;
+        } else if let Some((_, ended)) = self.held.iter_mut().rfind(|(held, _)| *held == key) {
+            ended.held.blocks += 1;
+            ended.held.blocked_ns += ns;
+        }
+    }
+
+    /// Those that have waited for long enough at `now_ns`.
+    fn settled(&mut self, now_ns: u64) -> Vec<EndedRequest> {
+        let waits = |(_, ended): &(Key, EndedRequest)| ended.end_ns.saturating_add(HELD_NS) > now_ns;
+        let count = self.held.iter().position(waits).unwrap_or(self.held.len());
+        self.held.drain(..count).map(|(_, ended)| ended).collect()
     }
 
     /// Whose step it is that the probes of request `id` bracket; `None`: nobody's, or loopguard came too late to know.
     pub(super) fn owner(&self, pid: u32, id: u64) -> Option<Owner> {
-        let open = self.open.get(&(pid, id)).filter(|_| id != 0)?;
-        Some(Owner::Request { request: Arc::clone(&open.facts), how: How::Usdt })
+        let key = (pid, id);
+        let of_held = || self.held.iter().rfind(|(held, _)| *held == key).map(|(_, ended)| &ended.facts);
+        let facts = self.open.get(&key).map(|open| &open.facts).or_else(of_held).filter(|_| id != 0)?;
+        Some(Owner::Request { request: Arc::clone(facts), how: How::Usdt })
     }
 
     /// The frames of a step that request `id` brackets showed this request. `is_first`: for the first time in the step.
@@ -146,7 +196,7 @@ impl Requests {
         let Some(open) = self.open.get_mut(&key) else {
             // Nobody told what it is called, since it began before loopguard came.
             let start_ns = process::monotonic_ns();
-            self.add(key, Open { facts: Arc::new(in_frames.clone()), start_ns, began_before: true });
+            self.add(key, Open::new(in_frames.clone(), start_ns, true));
             return;
         };
         let agree = same_request(&open.facts, in_frames);
@@ -267,8 +317,13 @@ impl Live {
         self.requests.routed(record);
     }
 
-    pub(super) fn request_ended(&mut self, record: &RequestEndRecord) -> Event {
-        Event::Request(self.requests.ended(record))
+    pub(super) fn request_ended(&mut self, record: &RequestEndRecord) -> Option<Event> {
+        self.requests.ended(record).map(Event::Request)
+    }
+
+    /// Requests that waited for what may be told of their steps, up to `now_ns`.
+    pub(super) fn settle_requests(&mut self, now_ns: u64, events: &mut Vec<Event>) {
+        events.extend(self.requests.settled(now_ns).into_iter().map(Event::Request));
     }
 
     /// Looks for new libraries, and makes room for new requests if there is none.
@@ -375,7 +430,8 @@ mod tests {
             (b"\xff\x1b", "\u{fffd}\u{1b}", None),
         ] {
             requests.started(&start(1, 100, [b"GET", b"/x", name]));
-            let ended = requests.ended(&end(1, 130, RequestTotals { start_ns: 100, ..RequestTotals::default() }));
+            let ended =
+                requests.ended(&end(1, 130, RequestTotals { start_ns: 100, ..RequestTotals::default() })).unwrap();
             assert_eq!((ended.facts.id.as_str(), ended.facts.trace_id.as_deref()), (id, trace_id));
             assert_eq!((ended.facts.path.as_str(), ended.duration_ns(), ended.is_complete), ("/x", 30, true));
         }
@@ -386,11 +442,11 @@ mod tests {
     fn a_request_from_before_has_an_honest_start() {
         let mut requests = requests();
         let totals = RequestTotals { flags: REQUEST_OPEN_BEFORE, held_ns: 9, steps: 1, ..RequestTotals::default() };
-        let ended = requests.ended(&end(3, 80, totals));
+        let ended = requests.ended(&end(3, 80, totals)).unwrap();
         assert_eq!((ended.start_ns, ended.end_ns, ended.is_complete), (50, 80, false));
         assert_eq!((ended.facts.id.as_str(), ended.facts.path.as_str()), ("lg-7-3", ""));
         // Never a negative duration, whatever comes.
-        assert_eq!(requests.ended(&end(3, 20, totals)).duration_ns(), 0);
+        assert_eq!(requests.ended(&end(3, 20, totals)).unwrap().duration_ns(), 0);
     }
 
     #[test]
@@ -399,7 +455,7 @@ mod tests {
         requests.started(&start(1, 100, [b"GET", b"/a", b""]));
         requests.started(&start(1, 200, [b"GET", b"/b", b""]));
         assert_eq!((requests.open.len(), requests.by_age.len(), requests.counts.never_ended), (1, 1, 1));
-        let ended = requests.ended(&end(1, 230, RequestTotals { start_ns: 200, ..RequestTotals::default() }));
+        let ended = requests.ended(&end(1, 230, RequestTotals { start_ns: 200, ..RequestTotals::default() })).unwrap();
         assert_eq!((ended.facts.path.as_str(), ended.duration_ns()), ("/b", 30));
         assert!(requests.by_age.is_empty());
     }
@@ -424,7 +480,7 @@ mod tests {
         requests.seen_in_frames((7, 1), &seen("/before"), true);
         assert_eq!((requests.counts.frames_agree, requests.counts.frames_disagree), (0, 0));
         assert!(matches!(requests.owner(7, 1), Some(Owner::Request { request, .. }) if request.path == "/before"));
-        assert!(!requests.ended(&end(1, 80, RequestTotals::default())).is_complete);
+        assert!(!requests.ended(&end(1, 80, RequestTotals::default())).unwrap().is_complete);
 
         requests.started(&start(2, 100, [b"GET", b"/x", b"abc"]));
         requests.seen_in_frames((7, 2), &seen("/x"), true);
@@ -434,5 +490,34 @@ mod tests {
         let Some(Owner::Request { request, how: How::Usdt }) = requests.owner(7, 2) else { panic!() };
         assert_eq!((request.id.as_str(), request.client.as_deref()), ("abc", Some("10.0.0.9:1")));
         assert_eq!(requests.owner(7, 0), None);
+    }
+
+    /// A step of request `id` that was held and has blocked.
+    fn released(id: u64, [start_ns, end_ns]: [u64; 2], flags: u32) -> StepRecord {
+        // SAFETY: integers only.
+        let empty: StepRecord = unsafe { std::mem::zeroed() };
+        StepRecord { header: header(RecordKind::Step), request: id, start_ns, end_ns, flags, ..empty }
+    }
+
+    #[test]
+    fn a_step_that_was_held_counts_once_it_has_blocked() {
+        let mut requests = requests();
+        let totals = RequestTotals { start_ns: 100, flags: REQUEST_HELD, steps: 2, ..RequestTotals::default() };
+        // The first one's is told while it is open, the second one's after its end, the third gave its worker away.
+        (1..=3).for_each(|id| requests.started(&start(id, 100, [b"GET", b"/x", b""])));
+        requests.blocked(&released(1, [110, 140], STEP_WAS_HELD));
+        (1..=3).for_each(|id| assert_eq!(requests.ended(&end(id, 150 + id, totals)), None));
+        assert!(matches!(requests.owner(7, 2), Some(Owner::Request { how: How::Usdt, .. })));
+        requests.blocked(&released(2, [120, 140], STEP_WAS_HELD));
+        // The kernel's sums have this one.
+        requests.blocked(&released(3, [120, 140], 0));
+        requests.blocked(&released(0, [120, 140], STEP_WAS_HELD));
+        assert_eq!(requests.settled(150 + HELD_NS), []);
+        let blocked = |ended: Vec<EndedRequest>| {
+            ended.iter().map(|ended| (ended.held.blocks, ended.held.blocked_ns)).collect::<Vec<_>>()
+        };
+        assert_eq!(blocked(requests.settled(152 + HELD_NS)), [(1, 30), (1, 20)]);
+        assert_eq!(blocked(requests.settled(u64::MAX)), [(0, 0)]);
+        assert_eq!(requests.owner(7, 3), None);
     }
 }
