@@ -409,7 +409,7 @@ impl AddressRange {
 /// Where the kernel keeps how long a thread that is ready to run has had no CPU; byte offsets from its BTF. All 0: it
 /// does not keep that.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunQueueFields {
     /// `task_struct.sched_info.run_delay` (include/linux/sched.h): the sum, ns, up to when it was last queued:
     pub run_delay: u32,

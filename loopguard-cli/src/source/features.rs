@@ -93,51 +93,49 @@ impl Features {
 
     /// What each feature is for, whether it is there, and what happens if not.
     pub fn findings(&self) -> Vec<Finding> {
-        let need = |is_there: bool, name, fine: &str, missing: &str| Finding {
+        let finding = |name, is_there: bool, fine: &str, need, missing: &str| Finding {
             name,
-            answer: if is_there { Ok(fine.to_owned()) } else { Err((Need::Required, missing.to_owned())) },
+            answer: if is_there { Ok(fine.to_owned()) } else { Err((need, missing.to_owned())) },
         };
         vec![
-            need(
-                self.ring_buffer,
+            finding(
                 "ring buffer",
+                self.ring_buffer,
                 "records reach loopguard through it",
+                Need::Required,
                 "no BPF ring buffer: records cannot be delivered; Linux 5.8 is the first that has it",
             ),
-            need(
-                self.task_registers,
+            finding(
                 "task registers",
+                self.task_registers,
                 "a waiting thread's system call and its first argument are read from them",
+                Need::Required,
                 "no bpf_task_pt_regs: what a thread waits for cannot be read; Linux 5.15 is the first that has it",
             ),
-            need(
-                self.attach_cookies,
+            finding(
                 "attach cookies",
+                self.attach_cookies,
                 "a step probe knows its loop",
+                Need::Required,
                 "no attach cookies: step probes cannot say which loop they belong to; Linux 5.15 is the first that has \
                  them",
             ),
             self.switch_finding(),
-            Finding {
-                name: "run queue",
-                answer: if self.run_queue.is_some() {
-                    Ok("time without a CPU is told apart from waiting".to_owned())
-                } else {
-                    let text = "the kernel does not say how long a thread that was woken had no CPU \
-                                (CONFIG_TASK_DELAY_ACCT or CONFIG_SCHEDSTATS): that time counts as waiting";
-                    Err((Need::Fallback, text.to_owned()))
-                },
-            },
-            Finding {
-                name: "uprobes",
-                answer: if self.uprobes {
-                    Ok("steps of tasks can be marked exactly".to_owned())
-                } else {
-                    let text = "no uprobes (CONFIG_UPROBE_EVENTS): ticks with several owners are cut by captures \
-                                (inferred)";
-                    Err((Need::Fallback, text.to_owned()))
-                },
-            },
+            finding(
+                "run queue",
+                self.run_queue.is_some(),
+                "time without a CPU is told apart from waiting",
+                Need::Fallback,
+                "the kernel does not say how long a thread that was woken had no CPU (CONFIG_TASK_DELAY_ACCT or \
+                 CONFIG_SCHEDSTATS): that time counts as waiting",
+            ),
+            finding(
+                "uprobes",
+                self.uprobes,
+                "steps of tasks can be marked exactly",
+                Need::Fallback,
+                "no uprobes (CONFIG_UPROBE_EVENTS): ticks with several owners are cut by captures (inferred)",
+            ),
         ]
     }
 

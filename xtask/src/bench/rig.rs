@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
-use xtask::workspace::Workspace;
+use xtask::workspace::{Workspace, cargo};
 
 use crate::companion::{Companion, listens};
 use crate::demo::build_loopguard;
@@ -106,10 +106,8 @@ impl Rig {
 
     /// An axum server with one worker, once it answers.
     pub fn serve_axum(&self, options: &[&str]) -> Result<Server> {
-        let log = self.folder.join("build-axum-blocking.log");
-        let mut build = Command::new("cargo");
-        build.args(["build", "--package", "axum-blocking", "--release"]).current_dir(&self.workspace.root);
-        step::run("building axum-blocking", &mut build, &log)?;
+        let built = self.folder.join("build-axum-blocking.log");
+        step::run("building axum-blocking", &mut self.cargo_build("axum-blocking", &["--release"]), &built)?;
         let (port, log) = (free_port()?, self.folder.join("server-axum.log"));
         let output = File::create(&log)?;
         let mut axum = on_cpu(0, &self.workspace.target.join("release/axum-blocking"));
@@ -130,9 +128,8 @@ impl Rig {
             TokioBuild::FatLtoStripped => ("fat-lto", true),
             TokioBuild::FramePointers => ("release", false),
         };
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-        cargo.args(["build", "--package", "bench-axum", "--profile", profile]).current_dir(&self.workspace.root);
         let mut folder = self.workspace.target.clone();
+        let mut cargo = self.cargo_build("bench-axum", &["--profile", profile]);
         if matches!(build, TokioBuild::FramePointers) {
             folder = folder.join("frame-pointers");
             cargo.env("CARGO_TARGET_DIR", &folder);
@@ -153,13 +150,16 @@ impl Rig {
 
     /// An example of loopguard's.
     pub fn build_example(&self, name: &str) -> Result<PathBuf> {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-        cargo
-            .args(["build", "--release", "--package", "loopguard", "--example", name])
-            .current_dir(&self.workspace.root);
+        let mut cargo = self.cargo_build("loopguard", &["--release", "--example", name]);
         let log = self.folder.join(format!("build-{name}.log"));
         step::run(&format!("building the example {name}"), &mut cargo, &log)?;
         Ok(self.workspace.target.join("release/examples").join(name))
+    }
+
+    fn cargo_build(&self, package: &str, what: &[&str]) -> Command {
+        let mut cargo = cargo();
+        cargo.args(["build", "--package", package]).args(what).current_dir(&self.workspace.root);
+        cargo
     }
 
     /// loopguard, once it says that it watches a loop.
