@@ -160,11 +160,18 @@ fn a_worker_that_was_given_away_is_not_blocked() {
         thread::scope(|scope| {
             for client in 0..3 {
                 let server = &server;
-                scope.spawn(move || server.get(&format!("/ok/in-place/{BLOCK_MS}"), &format!("away-{n}-{client}")));
+                // Not all back in the pool at once: a thread that then waits for the pool's lock, and was never seen to
+                // park, may be taken for one that parks.
+                let ms = BLOCK_MS + 50 * client;
+                scope.spawn(move || server.get(&format!("/ok/in-place/{ms}"), &format!("away-{n}-{client}")));
             }
         });
     }
     server.get(&format!("/block/sleep/{BLOCK_MS}"), "block");
+    // What is held back is told once its worker parks again, which may take it another turn.
+    for n in 0..20 {
+        server.get("/ok/sleep/1", &format!("after-{n}"));
+    }
     let events = watching.stop();
     let blocks: Vec<_> = events.blocks().filter(|block| block["verdict"] != "host").collect();
     assert_eq!(blocks.len(), 1, "{blocks:#?}");
